@@ -1,0 +1,25 @@
+# Everything runs in .venv, made by the first target that needs it. Paths are relative: the folder's name may hold spaces.
+PYTHON ?= python3.11
+PY := .venv/bin/python
+
+help: ## say what each target does
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 \t\2/p' Makefile
+
+study: .venv/installed ## run the whole study on the bundled sample: both splits, tables, report
+	$(PY) run.py study
+
+test: .venv/installed ## run all tests
+	$(PY) -m pytest
+
+lab: .venv/installed ## open the notebooks in JupyterLab
+	$(PY) -m jupyterlab notebooks
+
+clean: ## remove what runs have made (the environment and Rakuten's files stay)
+	rm -rf runs data/sample data/cache .pytest_cache __pycache__ tests/__pycache__ data/__pycache__
+
+.venv/installed: requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
+	touch .venv/installed
+
+.PHONY: help study test lab clean

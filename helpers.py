@@ -1,0 +1,1488 @@
+"""Shared code of the study "hierarchical fusion for multimodal product classification".
+
+The notebooks import this module as ``h``. Sections follow the notebooks; a section uses only those above it.
+
+    section                what it holds                                              taught in
+    1  Settings            words, profiles, runs                                      01
+    2  Stages              manifests: skip what is done, redo what is stale           01
+    3  Progress            one line that moves, in Jupyter, a terminal or a log       03
+    4  Catalogue           both public layouts, checks, labels                        01
+    5  Splits              90-10 and 80-20, stratified, keyed by product id           01
+    6  Text                cleaning, tokenizers, TF-IDF baseline                      02
+    7  Scores              accuracy, F1, bootstrap intervals, paired test             02, 08
+    8  Fine-tuning         encoder + linear head, through transformers.Trainer        03
+    9  Text encoders       CamemBERT and FlauBERT, one model per field                03, 04
+    10 Pictures            SE-ResNeXt, augmentation, cached decoding                  05
+    11 Regions             equation (2): 16 x 16 tiles, averaged                      06
+    12 Fusion              equation (1): Z, hierarchy, classifier                     07
+    13 Result tables       test scores, Tables I to V beside the paper's              08
+    14 Figures             one look for every figure                                  all
+    15 Notebook display    source, captions, text from results                        all
+
+"The paper" is Tashu, Fattouh, Kiss, Horvath: Multimodal E-Commerce Product Classification Using
+Hierarchical Fusion (2022). Importing this module reads and writes nothing.
+"""
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import html
+import importlib.metadata
+import importlib.util
+import inspect
+import itertools
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Callable, Iterable, Iterator, Sequence
+
+import matplotlib.pyplot as plt
+import nltk
+import numpy as np
+import pandas as pd
+import pretrainedmodels
+import sacremoses
+import scipy.stats
+import seaborn as sns
+import torch
+import transformers
+from IPython.display import Markdown, display
+from PIL import Image
+from pretrainedmodels.models.senet import SENet, SEResNeXtBottleneck
+from safetensors.torch import load_file, save_file
+from selectolax.lexbor import LexborHTMLParser
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, f1_score
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torchvision.transforms import v2
+from transformers import (AutoModel, AutoTokenizer, CamembertConfig, CamembertModel, CamembertTokenizer,
+                          DataCollatorWithPadding, FlaubertConfig, FlaubertModel, FlaubertTokenizer,
+                          PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed)
+
+# ======================================================================================================
+# 1  Settings
+# ======================================================================================================
+ROOT = Path(__file__).resolve().parent
+FIELDS = ("title", "description")
+TEXT_ENCODERS = ("camembert", "flaubert")
+PARTS = ("train", "val", "test")
+SPLITS = {"90-10": 0.10, "80-20": 0.20}  # share of the test part
+VALIDATION_SHARE = 0.10  # of what is not test (paper, section V)
+# The paper's symbols, and the stage whose features they are.
+REPRESENTATIONS = {"T_c": "camembert_title", "D_c": "camembert_description", "T_f": "flaubert_title",
+                   "D_f": "flaubert_description", "P": "image_regions"}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Every setting of a run. `sample` is small enough for a laptop, `paper` is the paper's own size."""
+    name: str
+    data: str                     # folder of the catalogue, from the project's root
+    rows: str = "described"       # "described": rows that have a description (the paper's subset) | "all"
+    clean: str = "paper"          # "paper": HTML, tokens, lower case | "light": HTML only
+    camembert: str = "almanach/camembert-base"       # checkpoint name or folder, "small": from scratch
+    flaubert: str = "flaubert/flaubert_base_cased"   # likewise
+    seresnext: str = "se_resnext50_32x4d"            # name in pretrainedmodels, "small": from scratch
+    text_width: int = 768         # d, for "small" encoders; a checkpoint brings its own
+    text_layers: int = 12         # for "small" encoders
+    vocabulary: int = 32_000      # tokens, for "small" encoders
+    max_length: int = 256         # tokens (paper, section IV.B)
+    pooling: str = "first"        # vector of the first token | "mean": of all tokens
+    text_epochs: int = 10         # paper, section IV.B
+    text_batch: int = 32          # rows; paper, section IV.B
+    text_lr: float = 2e-5         # AdamW; paper, section IV.B
+    image_size: int = 224         # pixels a side of a whole picture (paper, section III.B)
+    region_size: int = 224        # pixels a side of the picture that is cut into regions (paper, section III.B)
+    image_epochs: int = 20        # paper, section IV.B
+    image_batch: int = 32         # rows; paper, section IV.B
+    image_lr: float = 1e-3        # Adam; paper, section IV.B
+    grid: int = 16                # regions a side, 16 x 16 = 256 (paper, section III.B)
+    regions: str = "tiles"        # each tile through the encoder (eq. 2) | "feature_map"
+    standardise: bool = True      # representations to mean 0, deviation 1 of the training rows
+    project: bool = False         # learned linear map of each representation to the same width
+    dropout: float = 0.3          # Table III variants
+    fusion_epochs: int = 20
+    fusion_batch: int = 128       # rows
+    fusion_lr: float = 1e-3       # Adam
+    bootstrap: int = 2000         # resamples behind each 95% interval
+
+
+PROFILES = {
+    "sample": Profile(
+        name="sample", data="data/sample", camembert="small", flaubert="small", seresnext="small",
+        text_width=64, text_layers=2, vocabulary=1500, max_length=128, text_lr=1e-3, image_size=96,
+        image_lr=3e-3),
+    "paper": Profile(name="paper", data="data/raw"),
+}
+CHOICES = {"rows": ("described", "all"), "clean": ("paper", "light"), "pooling": ("first", "mean"),
+           "regions": ("tiles", "feature_map")}
+
+
+def make_profile(name: str, settings: dict | None = None) -> Profile:
+    """The profile `name` with some settings replaced.
+
+    Raises ValueError, naming what is allowed, for an unknown profile or setting or an ill-typed value.
+    Used in every notebook (through `open_run`) and in run.py.
+    """
+    profile = PROFILES[one_of("profile", name, PROFILES)]
+    types = {field.name: type(getattr(profile, field.name)) for field in dataclasses.fields(Profile)}
+    for key, value in (settings or {}).items():
+        one_of("setting", key, types)
+        whole = types[key] is float and type(value) is int
+        if type(value) is not types[key] and not whole:
+            raise ValueError(f"setting {key} must be {types[key].__name__}, got {value!r}")
+        if key in CHOICES:
+            one_of(f"setting {key}", value, CHOICES[key])
+        elif types[key] in (int, float) and value < (0 if key in ("dropout",) else 1e-12):
+            raise ValueError(f"setting {key} must be above 0, got {value!r}")
+    return dataclasses.replace(profile, **(settings or {}))
+
+
+def one_of(what: str, value: str, allowed: Iterable[str]) -> str:
+    """`value`, if it is among `allowed`; otherwise a ValueError that lists them."""
+    if value not in allowed:
+        raise ValueError(f"unknown {what} {value!r}; choose from: {', '.join(allowed)}")
+    return value
+
+
+@dataclass(frozen=True)
+class Run:
+    """One profile on one split with one seed: what every stage is made for, and where it is kept."""
+    profile: Profile
+    split: str
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """`runs/<profile>/<rows>/<split>/seed<k>`."""
+        return runs_folder() / self.profile.name / self.profile.rows / self.split / f"seed{self.seed}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.profile.name}, {self.profile.rows} rows, split {self.split}, seed {self.seed}"
+
+
+def open_run(profile: str, split: str, seed: int, settings: dict | None = None) -> Run:
+    """The run that a notebook's parameters name; ValueError if one of them is not allowed. Used in 01 to 08."""
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"seed must be a whole number from 0, got {seed!r}")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # Progress shows what the Trainer does
+    return Run(make_profile(profile, settings), one_of("split", split, SPLITS), seed)
+
+
+def runs_folder() -> Path:
+    """`runs`, or the folder that STUDY_RUNS names."""
+    return Path(os.environ.get("STUDY_RUNS", ROOT / "runs"))
+
+
+def device() -> torch.device:
+    """The first GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# ======================================================================================================
+# 2  Stages: each writes a folder that appears only when it is whole, with a manifest that says from what
+# ======================================================================================================
+# Which notebook makes a stage (the name up to the first dash).
+MADE_IN = {"splits": "01_data_exploration", "text": "02_text_preprocessing", "baselines": "02_text_preprocessing",
+           "camembert_title": "03_finetune_camembert", "camembert_description": "03_finetune_camembert",
+           "flaubert_title": "04_finetune_flaubert", "flaubert_description": "04_finetune_flaubert",
+           "seresnext": "05_finetune_seresnext", "image_regions": "06_regional_features",
+           "image_whole": "06_regional_features", "fusion": "07_hierarchical_fusion",
+           "scores": "08_result_tables"}
+LIBRARIES = ("torch", "torchvision", "transformers", "pretrainedmodels", "scikit-learn", "numpy", "pandas")
+
+
+class DamagedStage(RuntimeError):
+    """A stage's files are not those its manifest lists."""
+
+
+def stage(run: Run, name: str, build: Callable[[Path], dict], reads: Sequence[str] = (),
+          inputs: dict[str, str] | None = None) -> Path:
+    """The folder of stage `name`, made by `build(folder) -> metrics` unless a matching one is there.
+
+    It matches if the code of `build` and of the helpers it calls, the settings this code reads, the split,
+    the seed, and the contents of `reads` (stages) and `inputs` (name -> hash) are the same. `build` writes
+    into `<name>.partial`, which stays after a stop, so that a build that can resume finds what it left.
+    Raises DamagedStage for a folder whose files have changed. Used in 01 to 08.
+    """
+    recipe = _recipe(run, name, build, reads, inputs or {})
+    key = hash_json(recipe)
+    folder, partial_folder = run.folder / name, run.folder / f"{name}.partial"
+    manifest = read_manifest(run, name) if (folder / "manifest.json").exists() else None
+    if manifest is None or manifest["key"] != key:
+        if read_json(partial_folder / "recipe.json") != recipe:
+            shutil.rmtree(partial_folder, ignore_errors=True)
+        partial_folder.mkdir(parents=True, exist_ok=True)
+        write_json(partial_folder / "recipe.json", recipe)
+        manifest = _build(build, partial_folder, {"stage": name, "key": key, **recipe})
+        shutil.rmtree(folder, ignore_errors=True)
+        partial_folder.rename(folder)
+    report_event(stage=name, key=key)
+    return folder
+
+
+def read_stage(run: Run, name: str) -> Path:
+    """The folder of a stage that an earlier notebook made; FileNotFoundError with the command if it did not."""
+    if not (run.folder / name / "manifest.json").exists():
+        notebook = MADE_IN[name.split("-")[0]]
+        raise FileNotFoundError(
+            f"stage {name} of this run ({run.name}) is missing: run notebook {notebook} first, or "
+            f"`python run.py study --profile {run.profile.name} --split {run.split} --seed {run.seed} "
+            f"--only {notebook[:2]}`")
+    read_manifest(run, name)
+    return run.folder / name
+
+
+def read_manifest(run: Run, name: str) -> dict:
+    """What stage `name` was made from and how it went, after a check of its files (DamagedStage if one changed)."""
+    folder = run.folder / name
+    manifest = read_json(folder / "manifest.json")
+    files = (manifest or {}).get("files", {"manifest.json": ""})
+    for file, digest in files.items():
+        if not (folder / file).exists() or hash_file(folder / file) != digest:
+            raise DamagedStage(f"{folder / file} is damaged or missing; delete the folder {folder} "
+                               f"and run notebook {MADE_IN[name.split('-')[0]]} again")
+    return manifest
+
+
+def _build(build: Callable[[Path], dict], folder: Path, head: dict) -> dict:
+    """Run `build` in `folder` and write its manifest there."""
+    start = time.perf_counter()
+    metrics = build(folder) or {}
+    (folder / "recipe.json").unlink()
+    files = {str(p.relative_to(folder)): hash_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    manifest = {
+        **head, "metrics": metrics, "seconds": round(time.perf_counter() - start, 2),
+        "peak_memory_gb": round(peak_memory_gb(), 3), "device": str(device()), "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES}, "files": files}
+    write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def peak_memory_gb() -> float:
+    """Largest resident memory of this process so far, in GB (10^9 bytes)."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _recipe(run: Run, name: str, build: Callable, reads: Sequence[str], inputs: dict[str, str]) -> dict:
+    """All that decides what a stage contains."""
+    code, settings = code_and_settings(build)
+    contents = {other: hash_json(read_json(read_stage(run, other) / "manifest.json")["files"]) for other in reads}
+    return {"split": run.split, "seed": run.seed, "code": code, "reads": {**contents, **inputs},
+            "settings": {key: getattr(run.profile, key) for key in settings}}
+
+
+def code_and_settings(function: Callable) -> tuple[str, list[str]]:
+    """Hash of `function` and of all helpers it calls, and the profile's settings that this code reads.
+
+    Comments and docstrings do not count. A setting is seen where it is written as `profile.<name>`.
+    """
+    definitions = _definitions()
+    tree = _bare(ast.parse(textwrap.dedent(inspect.getsource(function))))
+    todo, seen, settings, parts = [tree], set(), set(), []
+    while todo:
+        node = todo.pop()
+        parts.append(ast.dump(node))
+        for child in ast.walk(node):
+            word = getattr(child, "id", None) if isinstance(child, ast.Name) else getattr(child, "attr", None)
+            owner = getattr(child, "value", None)
+            if isinstance(child, ast.Attribute) and "profile" in (getattr(owner, "id", ""), getattr(owner, "attr", "")):
+                settings.add(word)
+            elif word in definitions and word not in seen:
+                seen.add(word)
+                todo.append(definitions[word])
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest(), sorted(settings)
+
+
+@lru_cache
+def _definitions() -> dict[str, ast.AST]:
+    """Top-level functions, classes and constants of this module; those of sections 1 to 3 decide no result."""
+    found = {}
+    source = Path(__file__).read_text(encoding="utf-8")
+    first_line = next(i for i, line in enumerate(source.splitlines(), 1) if line.startswith("# 4  "))
+    for node in _bare(ast.parse(source)).body:
+        if node.lineno > first_line:
+            names = [node.name] if hasattr(node, "name") else [
+                target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
+            found.update(dict.fromkeys(names, node))
+    return found
+
+
+def _bare(tree: ast.Module) -> ast.Module:
+    """The tree without docstrings."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) \
+                and isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
+            node.body = body[1:] or [ast.Pass()]
+    return tree
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_json(value: object) -> str:
+    """sha256 of a value's JSON form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict | None:
+    """The file's content; None if it is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as indented JSON."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_tensors(path: Path, product_ids: Sequence[int], **tensors: np.ndarray | Tensor) -> None:
+    """Write tensors of shape [N, ...] and the N product ids that key their rows, as safetensors."""
+    columns = {name: torch.tensor(np.asarray(tensor)).contiguous() for name, tensor in tensors.items()}
+    wrong = {name: len(column) for name, column in columns.items() if len(column) != len(product_ids)}
+    if wrong:
+        raise ValueError(f"{len(product_ids)} product ids, but rows: {wrong}")
+    save_file({"product_id": torch.tensor(np.asarray(product_ids, dtype=np.int64)), **columns}, path)
+
+
+def load_tensors(path: Path, product_ids: Sequence[int]) -> dict[str, Tensor]:
+    """The tensors of `save_tensors`, with their rows in the order of `product_ids`; KeyError names a missing id."""
+    tensors = load_file(path)
+    index = pd.Index(tensors.pop("product_id").numpy())
+    rows = index.get_indexer(np.asarray(product_ids))
+    if (rows < 0).any():
+        raise KeyError(f"{path} has no row for product {np.asarray(product_ids)[rows < 0][0]}; "
+                       f"{(rows < 0).sum()} of {len(rows)} are missing: make its stage again")
+    return {name: tensor[torch.as_tensor(rows)] for name, tensor in tensors.items()}
+
+
+# ======================================================================================================
+# 3  Progress
+# ======================================================================================================
+def report_event(**event: object) -> None:
+    """Tell run.py, which reads the file named by STUDY_EVENTS, what happens in this notebook."""
+    if path := os.environ.get("STUDY_EVENTS"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+
+class Progress:
+    """One line for `total` steps of work: shown in the notebook while it runs, removed when it is done."""
+
+    def __init__(self, label: str, total: int, unit: str = "steps", every: float = 0.5):
+        self.label, self.total, self.unit, self.every = label, total, unit, every
+        self.done, self.start, self.shown = 0, time.perf_counter(), 0.0
+        self.handle = display(Markdown(f"{label} ..."), display_id=True)
+
+    def advance(self, steps: int = 1) -> None:
+        """Count `steps` as done; the line changes at most every half second."""
+        self.done += steps
+        now = time.perf_counter()
+        if now - self.shown >= self.every:
+            self.shown = now
+            rate = self.done / (now - self.start)
+            left = (self.total - self.done) / rate
+            text = f"{self.label}: {self.done} of {self.total} {self.unit}, {rate:.1f} a second, {left:.0f} s left"
+            self._show(text)
+            report_event(text=text)
+
+    def close(self) -> None:
+        """Leave nothing behind in the notebook's output."""
+        self._show("")
+
+    def _show(self, text: str) -> None:
+        if self.handle is not None:  # None outside of a notebook
+            self.handle.update(Markdown(text))
+
+
+# ======================================================================================================
+# 4  Catalogue
+# ======================================================================================================
+LAYOUTS = {
+    "ENS": {
+        "x": "X_train_update.csv", "y": "Y_train_CVw08PX.csv", "separator": ",",
+        "columns": {"designation": "title", "description": "description", "productid": "product_id",
+                    "imageid": "image_id"},
+        "label": "prdtypecode", "images": ("images/image_train", "image_train")},
+    "SIGIR": {
+        "x": "X_train.tsv", "y": "Y_train.tsv", "separator": "\t",
+        "columns": {"Title": "title", "Description": "description", "Product_id": "product_id",
+                    "Image_id": "image_id"},
+        "label": "Prdtypecode", "images": ("image_training", "images/image_training", "images")},
+}
+CLASSES = ROOT / "data" / "rakuten_classes.csv"
+PUBLISHED = ROOT / "data" / "published_results.csv"
+
+
+def load_classes() -> pd.DataFrame:
+    """The 27 classes [label_id, prdtypecode, domain, name_fr, name_en, train_rows, rows_with_description].
+
+    Used in 01, 02 and 08.
+    """
+    return pd.read_csv(CLASSES)
+
+
+def catalogue_folder(run: Run) -> Path:
+    """Where the run's catalogue lies; makes the sample if it is missing or was written by another generator.
+
+    RAKUTEN_DATA replaces `data/raw`. FileNotFoundError says what to do if there is no catalogue.
+    """
+    if run.profile.data == PROFILES["sample"].data:
+        return _current_sample(ROOT / run.profile.data)
+    folder = Path(os.environ.get("RAKUTEN_DATA", ROOT / run.profile.data))
+    find_layout(folder)
+    return folder
+
+
+def _current_sample(folder: Path) -> Path:
+    spec = importlib.util.spec_from_file_location("sample_catalogue", ROOT / "data" / "sample_catalogue.py")
+    generator = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = generator  # its worker processes look the module up by name
+    spec.loader.exec_module(generator)
+    written = read_json(folder / "sample.json") or {}
+    if written.get("source_sha256") != hash_file(Path(generator.__file__)):
+        generator.write_catalogue(folder)
+    return folder
+
+
+def find_layout(folder: Path) -> str:
+    """"ENS" or "SIGIR", by the files in `folder`; FileNotFoundError names the files that are missing."""
+    for name, layout in LAYOUTS.items():
+        if (folder / layout["x"]).exists() and (folder / layout["y"]).exists():
+            return name
+    wanted = " or ".join(f"{layout['x']} and {layout['y']} ({name})" for name, layout in LAYOUTS.items())
+    raise FileNotFoundError(f"no catalogue in {folder}: it needs {wanted}. "
+                            "Put the files there or name their folder in RAKUTEN_DATA (see data/README.md)")
+
+
+def load_catalogue(folder: Path) -> pd.DataFrame:
+    """The labelled products of a folder in ENS or SIGIR layout, in file order.
+
+    Columns: product_id, image_id (int64), title, description (str, "" if missing), prdtypecode, label_id
+    (0 to 26, the order of data/rakuten_classes.csv), picture (path). ValueError for a column, code or id that
+    does not fit. Used in 01, 02 and 05.
+    """
+    layout = LAYOUTS[find_layout(folder)]
+    read = partial(pd.read_csv, sep=layout["separator"], index_col=0, keep_default_na=False)
+    x, y = read(folder / layout["x"]), read(folder / layout["y"])
+    for table, columns, file in ((x, layout["columns"], layout["x"]), (y, [layout["label"]], layout["y"])):
+        if missing := [column for column in columns if column not in table]:
+            raise ValueError(f"{folder / file} has no column {', '.join(missing)}; found: {', '.join(table)}")
+    if not x.index.equals(y.index):
+        raise ValueError(f"{layout['x']} ({len(x)} rows) and {layout['y']} ({len(y)} rows) in {folder} "
+                         "do not list the same products in the same order; download both again")
+    products = x.rename(columns=layout["columns"])[list(layout["columns"].values())].reset_index(drop=True)
+    products["prdtypecode"] = y[layout["label"]].to_numpy()
+    products["label_id"] = encode_labels(products["prdtypecode"])
+    if not products["product_id"].is_unique:
+        raise ValueError(f"product ids in {folder / layout['x']} are not unique: "
+                         f"{products['product_id'][products['product_id'].duplicated()].iloc[0]} occurs twice")
+    images = next((folder / name for name in layout["images"] if (folder / name).is_dir()),
+                  folder / layout["images"][0])
+    products["picture"] = [str(images / f"image_{image}_product_{product}.jpg") for image, product
+                           in zip(products["image_id"], products["product_id"])]
+    return products
+
+
+def encode_labels(codes: pd.Series) -> pd.Series:
+    """Label ids 0 to 26 of Rakuten's type codes; ValueError names codes that are not among the 27."""
+    labels = codes.map(load_classes().set_index("prdtypecode")["label_id"])
+    if labels.isna().any():
+        unknown = sorted(set(codes[labels.isna()]))[:5]
+        raise ValueError(f"unknown product type codes {unknown}; data/rakuten_classes.csv lists the 27 known ones")
+    return labels.astype("int64")
+
+
+def catalogue_hash(folder: Path) -> str:
+    """sha256 over the tables and the pictures' names and sizes."""
+    layout = LAYOUTS[find_layout(folder)]
+    sizes = {name: sorted((entry.name, entry.stat().st_size) for entry in os.scandir(folder / name))
+             for name in layout["images"] if (folder / name).is_dir()}
+    return hash_json([hash_file(folder / layout["x"]), hash_file(folder / layout["y"]), sizes])
+
+
+def select_rows(products: pd.DataFrame, rows: str) -> pd.DataFrame:
+    """The rows that a protocol keeps: "described" (a description that is not blank; the paper's subset) or "all"."""
+    one_of("rows", rows, CHOICES["rows"])
+    if rows == "all":
+        return products.reset_index(drop=True)
+    return products[products["description"].str.strip() != ""].reset_index(drop=True)
+
+
+# ======================================================================================================
+# 5  Splits
+# ======================================================================================================
+def make_split(products: pd.DataFrame, split: str, seed: int) -> pd.DataFrame:
+    """[product_id, label_id, part] with part train, val or test, stratified by class; shown in 01.
+
+    The test part is 10% or 20% of the rows, the validation part 10% of the others (paper, section V).
+    ValueError if a class has too few rows to be split.
+    """
+    counts = products["label_id"].value_counts()
+    if counts.min() < 3:
+        raise ValueError(f"class {counts.idxmin()} has {counts.min()} rows; a stratified split needs 3. "
+                         "Use rows='all' or more rows")
+    rest, test = train_test_split(products, test_size=SPLITS[split], stratify=products["label_id"],
+                                  random_state=seed)
+    train, val = train_test_split(rest, test_size=VALIDATION_SHARE, stratify=rest["label_id"], random_state=seed)
+    parts = {"train": train, "val": val, "test": test}
+    table = pd.concat([rows[["product_id", "label_id"]].assign(part=part) for part, rows in parts.items()])
+    return table.sort_values("product_id", ignore_index=True)
+
+
+def split_stage(run: Run) -> Path:
+    """Stage `splits`: split.csv, which every later stage and every modality uses. Used in 01."""
+    folder = catalogue_folder(run)
+
+    def build(out: Path) -> dict:
+        products = select_rows(load_catalogue(folder), run.profile.rows)
+        table = make_split(products, run.split, run.seed)
+        table.to_csv(out / "split.csv", index=False)
+        return {part: int(n) for part, n in table["part"].value_counts().items()}
+
+    return stage(run, "splits", build, inputs={"catalogue": catalogue_hash(folder)})
+
+
+def read_split(run: Run) -> pd.DataFrame:
+    """The run's split, [product_id, label_id, part], in order of product id. Used in 02 to 08."""
+    return pd.read_csv(read_stage(run, "splits") / "split.csv")
+
+
+# ======================================================================================================
+# 6  Text
+# ======================================================================================================
+def strip_html(text: str) -> str:
+    """Plain text: entities decoded, each tag a space, runs of white space one space. Shown in 02."""
+    text = html.unescape(text)
+    if "<" in text:
+        root = LexborHTMLParser(text).root
+        text = root.text(separator=" ") if root else ""
+    return " ".join(text.split())
+
+
+def clean_text(text: str, how: str = "paper") -> str:
+    """A title or description as the encoders read it (paper, section IV.A). Shown in 02.
+
+    "paper": HTML removed, split by NLTK's word tokenizer, lower-case. "light": HTML removed.
+    """
+    text = strip_html(text)
+    if how == "light":
+        return text
+    return " ".join(nltk.word_tokenize(text, language="french", preserve_line=True)).lower()
+
+
+def text_stage(run: Run) -> Path:
+    """Stage `text`: text.csv with the cleaned [product_id, title, description] of the split's rows. Used in 02."""
+    folder = catalogue_folder(run)
+
+    def build(out: Path) -> dict:
+        products = load_catalogue(folder).set_index("product_id").loc[read_split(run)["product_id"]].reset_index()
+        bar = Progress("cleaning", len(products) * len(FIELDS), "texts")
+        for field in FIELDS:
+            products[field] = [bar.advance() or clean_text(text, run.profile.clean) for text in products[field]]
+        bar.close()
+        products[["product_id", *FIELDS]].to_csv(out / "text.csv", index=False)
+        return {"rows": len(products)}
+
+    return stage(run, "text", build, reads=["splits"])
+
+
+def read_text(run: Run) -> pd.DataFrame:
+    """The cleaned text with each row's part and label: [product_id, title, description, label_id, part].
+
+    Used in 02, 03 and 04.
+    """
+    text = pd.read_csv(read_stage(run, "text") / "text.csv", keep_default_na=False)
+    return text.merge(read_split(run), on="product_id", validate="one_to_one")
+
+
+def tfidf_baseline(train: Sequence[str], labels: Sequence[int], texts: Sequence[str]) -> np.ndarray:
+    """Class probabilities [N, 27] of `texts` by TF-IDF (words and pairs) and logistic regression. Used in 02."""
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2),
+                          LogisticRegression(C=10, max_iter=500))
+    model.fit(train, labels)
+    probabilities = np.zeros((len(texts), len(load_classes())), dtype=np.float32)
+    probabilities[:, model[-1].classes_] = model.predict_proba(texts)
+    return probabilities
+
+
+def baseline_stage(run: Run) -> Path:
+    """Stage `baselines`: probabilities.safetensors of the majority class and TF-IDF, for val and test. Used in 02."""
+
+    def build(out: Path) -> dict:
+        text = read_text(run)
+        text["both"] = text["title"] + " " + text["description"]
+        train, rest = text[text["part"] == "train"], text[text["part"] != "train"]
+        majority = np.bincount(train["label_id"], minlength=len(load_classes())) / len(train)
+        found = {"majority class": np.tile(majority.astype(np.float32), (len(rest), 1))}
+        for field in (*FIELDS, "both"):
+            found[f"TF-IDF {field}"] = tfidf_baseline(train[field], train["label_id"], rest[field])
+        save_tensors(out / "probabilities.safetensors", rest["product_id"], **found)
+        return {}
+
+    return stage(run, "baselines", build, reads=["text", "splits"])
+
+
+# ======================================================================================================
+# 7  Scores
+# ======================================================================================================
+METRICS = ("accuracy", "macro_f1", "weighted_f1")
+
+
+def score(truth: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
+    """Accuracy, macro-F1 and weighted-F1 in [0, 1]; macro-F1 over the classes that occur in `truth`."""
+    f1 = partial(f1_score, truth, predicted, labels=np.unique(truth), zero_division=0)
+    return {"accuracy": float(accuracy_score(truth, predicted)), "macro_f1": float(f1(average="macro")),
+            "weighted_f1": float(f1(average="weighted"))}
+
+
+def bootstrap(truth: Sequence[int], predicted: Sequence[int], resamples: int, seed: int = 0) -> dict[str, tuple]:
+    """95% percentile interval of each metric over `resamples` draws of the rows with replacement. Shown in 08."""
+    truth, predicted = np.asarray(truth), np.asarray(predicted)
+    classes = int(max(truth.max(), predicted.max())) + 1
+    rng, draws = np.random.default_rng(seed), []
+    for _ in range(resamples):
+        rows = rng.integers(0, len(truth), len(truth))
+        cells = np.bincount(truth[rows] * classes + predicted[rows], minlength=classes ** 2)
+        draws.append(_scores_of_confusion(cells.reshape(classes, classes)))
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    return {metric: (float(a), float(b)) for metric, a, b in zip(METRICS, low, high)}
+
+
+def _scores_of_confusion(cells: np.ndarray) -> tuple[float, float, float]:
+    """The three metrics of a confusion matrix [true, predicted]."""
+    true, hits = cells.sum(1), np.diag(cells)
+    f1 = 2 * hits / np.maximum(true + cells.sum(0), 1)
+    return hits.sum() / cells.sum(), f1[true > 0].mean(), f1 @ true / true.sum()
+
+
+def score_row(model: str, truth: Sequence[int], predicted: Sequence[int], run: Run) -> dict:
+    """A table's row: model, n, each metric in percent and its interval as <metric>_low and _high. Used in 02 to 08."""
+    row = {"model": model, "n": len(truth)}
+    intervals = bootstrap(truth, predicted, run.profile.bootstrap)
+    for metric, value in score(truth, predicted).items():
+        row |= {metric: 100 * value, f"{metric}_low": 100 * intervals[metric][0],
+                f"{metric}_high": 100 * intervals[metric][1]}
+    return row
+
+
+def score_table(rows: list[dict]) -> pd.DataFrame:
+    """Rows of `score_row` for reading: model, n, and "value [low, high]" in percent per metric. Used in 02 to 08."""
+    return pd.DataFrame([{"model": row["model"], "n": row["n"],
+                          **{metric: f"{row[metric]:.1f} [{row[metric + '_low']:.1f}, {row[metric + '_high']:.1f}]"
+                             for metric in METRICS}} for row in rows])
+
+
+def mcnemar(truth: Sequence[int], first: Sequence[int], second: Sequence[int]) -> tuple[int, int, float]:
+    """Rows that only the first has right, only the second has right, and the exact two-sided p. Used in 08."""
+    truth, first, second = map(np.asarray, (truth, first, second))
+    only_first = int(((first == truth) & (second != truth)).sum())
+    only_second = int(((first != truth) & (second == truth)).sum())
+    trials = only_first + only_second
+    return only_first, only_second, float(scipy.stats.binomtest(only_first, trials).pvalue) if trials else 1.0
+
+
+# ======================================================================================================
+# 8  Fine-tuning
+# ======================================================================================================
+class Classifier(nn.Module):
+    """An encoder, which gives one vector a row, and a linear layer to the classes. Shown in 03 and 05.
+
+    `encoder(**inputs)` returns [N, width]; `forward` returns the logits [N, classes] and, with labels, the loss.
+    """
+
+    def __init__(self, encoder: nn.Module, width: int, classes: int = 27, dropout: float = 0.1):
+        super().__init__()
+        self.encoder = encoder
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, labels: Tensor | None = None, **inputs: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.dropout(self.encoder(**inputs)))
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class RowDataset(torch.utils.data.Dataset):
+    """Rows as the Trainer wants them: `row(i)` gives a dictionary of inputs, to which the label is added."""
+
+    def __init__(self, row: Callable[[int], dict], labels: Sequence[int]):
+        self.row, self.labels = row, list(labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> dict:
+        return {**self.row(i), "labels": int(self.labels[i])}
+
+
+class ProgressCallback(TrainerCallback):
+    """Shows the Trainer's steps through Progress."""
+
+    def __init__(self, label: str):
+        self.label, self.bar = label, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = Progress(self.label, state.max_steps - state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.advance()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def finetune(model: Classifier, train: RowDataset, val: RowDataset, folder: Path, *, collate: Callable,
+             epochs: int, batch: int, lr: float, weight_decay: float, seed: int, by_length: bool) -> pd.DataFrame:
+    """Train `model` in place and leave it at its best epoch by validation macro-F1; shown in 03.
+
+    AdamW with linear decay, gradients clipped at 1.0, a checkpoint per epoch in `folder`/checkpoints, from which
+    it resumes after a stop. Returns the learning curve, one row an epoch: [epoch, train_loss, val_loss,
+    val_accuracy, val_macro_f1].
+    """
+    cuda = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=folder / "checkpoints", num_train_epochs=epochs, per_device_train_batch_size=batch,
+        per_device_eval_batch_size=2 * batch, learning_rate=lr, weight_decay=weight_decay, max_grad_norm=1.0,
+        train_sampling_strategy="group_by_length" if by_length else "random", lr_scheduler_type="linear",
+        eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", save_total_limit=1,
+        load_best_model_at_end=True, metric_for_best_model="macro_f1", greater_is_better=True,
+        bf16=cuda and torch.cuda.is_bf16_supported(), fp16=cuda and not torch.cuda.is_bf16_supported(),
+        dataloader_pin_memory=cuda, label_names=["labels"], remove_unused_columns=False, seed=seed,
+        report_to="none", disable_tqdm=True)
+    trainer = Trainer(
+        model, arguments, data_collator=collate, train_dataset=train, eval_dataset=val,
+        compute_metrics=lambda found: score(found.label_ids, found.predictions.argmax(-1)),
+        callbacks=[ProgressCallback(folder.name.removesuffix(".partial"))])
+    trainer.model_accepts_loss_kwargs = False  # forward's **inputs are the encoder's, not the loss's
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=any((folder / "checkpoints").glob("checkpoint-*")))
+    shutil.rmtree(folder / "checkpoints")
+    return learning_curve(trainer.state.log_history)
+
+
+def learning_curve(history: list[dict]) -> pd.DataFrame:
+    """One row an epoch from the Trainer's log."""
+    losses = {round(entry["epoch"]): entry["loss"] for entry in history if "loss" in entry}
+    return pd.DataFrame([
+        {"epoch": round(entry["epoch"]), "train_loss": losses[round(entry["epoch"])], "val_loss": entry["eval_loss"],
+         "val_accuracy": entry["eval_accuracy"], "val_macro_f1": entry["eval_macro_f1"]}
+        for entry in history if "eval_loss" in entry])
+
+
+def curve_metrics(curve: pd.DataFrame) -> dict:
+    """The best epoch of a learning curve and its validation scores: what a stage's manifest keeps."""
+    best = curve.loc[curve["val_macro_f1"].idxmax()]
+    return {"best_epoch": int(best["epoch"]), "val_accuracy": best["val_accuracy"], "val_macro_f1": best["val_macro_f1"]}
+
+
+@torch.inference_mode()
+def encode(encoder: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Iterator[Tensor]:
+    """The encoder's vectors [N, width] (float32, CPU) of each batch of inputs; frozen: eval mode, no gradient."""
+    encoder.eval().to(device())
+    for batch in batches:
+        yield encoder(**{name: tensor.to(device()) for name, tensor in batch.items()}).float().cpu()
+
+
+# ======================================================================================================
+# 9  Text encoders
+# ======================================================================================================
+class TextEncoder(nn.Module):
+    """A Hugging Face text model whose output is one vector a text: that of the first token, or the mean.
+
+    T_c, D_c, T_f, D_f of the paper: [N, d], d = 768 for the paper's two checkpoints.
+    """
+
+    def __init__(self, model: nn.Module, pooling: str = "first"):
+        super().__init__()
+        self.model, self.pooling = model, pooling
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        tokens = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [N, length, d]
+        if self.pooling == "first":
+            return tokens[:, 0]
+        mask = attention_mask[..., None].to(tokens.dtype)
+        return (tokens * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def train_tokenizer(encoder: str, texts: Sequence[str], vocabulary: int, folder: Path):
+    """A tokenizer of the encoder's own kind, trained on `texts` (the training part) and saved in `folder`.
+
+    CamemBERT: Unigram. FlauBERT: Moses words, then byte-pair encoding. Shown in 03 and 04.
+    """
+    if encoder == "camembert":
+        tokenizer = CamembertTokenizer().train_new_from_iterator(iter(texts), vocabulary, show_progress=False)
+    else:
+        moses = sacremoses.MosesTokenizer(lang="fr")
+        words = (" ".join(moses.tokenize(text, escape=False)) for text in texts)
+        special = ["<s>", "</s>", "<pad>", "<unk>", *(f"<special{i}>" for i in range(10))]
+        bpe = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+        bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        bpe.train_from_iterator(words, trainers.BpeTrainer(
+            vocab_size=vocabulary, special_tokens=special, end_of_word_suffix="</w>", show_progress=False))
+        folder.mkdir(parents=True, exist_ok=True)
+        bpe.model.save(str(folder))
+        merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]  # FlauBERT's file has no header
+        (folder / "merges.txt").write_text("".join(f"{line}\n" for line in merges), encoding="utf-8")
+        tokenizer = FlaubertTokenizer(folder / "vocab.json", folder / "merges.txt")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def small_text_model(encoder: str, tokenizer, width: int, layers: int, max_length: int) -> nn.Module:
+    """A CamembertModel or FlaubertModel of `layers` layers and random weights, for the tokenizer's vocabulary."""
+    if encoder == "camembert":
+        return CamembertModel(CamembertConfig(
+            vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers, num_attention_heads=4,
+            intermediate_size=4 * width, max_position_embeddings=max_length + 2, pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id), add_pooling_layer=False)
+    return FlaubertModel(FlaubertConfig(
+        vocab_size=len(tokenizer), emb_dim=width, n_layers=layers, n_heads=4, max_position_embeddings=max_length,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        unk_index=tokenizer.unk_token_id))
+
+
+def load_text_model(run: Run, encoder: str, texts: Sequence[str], folder: Path) -> tuple[nn.Module, object]:
+    """The model and tokenizer that fine-tuning starts from: a checkpoint, or small ones made for `texts`."""
+    profile = run.profile
+    source = {"camembert": profile.camembert, "flaubert": profile.flaubert}[encoder]
+    if source != "small":
+        return AutoModel.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    tokenizer = train_tokenizer(encoder, texts, profile.vocabulary, folder)
+    return small_text_model(encoder, tokenizer, profile.text_width, profile.text_layers, profile.max_length), tokenizer
+
+
+def tokenise(tokenizer, texts: Sequence[str], max_length: int) -> list[dict[str, list[int]]]:
+    """input_ids and attention_mask of each text, cut at `max_length` tokens, not padded."""
+    found = tokenizer(list(texts), truncation=True, max_length=max_length)
+    return [{"input_ids": ids, "attention_mask": mask} for ids, mask
+            in zip(found["input_ids"], found["attention_mask"])]
+
+
+def text_features(encoder: TextEncoder, tokenizer, rows: list[dict], batch: int, label: str) -> Tensor:
+    """The vectors [N, d] of tokenised texts, in their order; longest first, so that batches pad little."""
+    order = np.argsort([-len(row["input_ids"]) for row in rows], kind="stable")
+    bar = Progress(f"{label} features", len(rows), "texts")
+    groups = [order[start:start + batch] for start in range(0, len(order), batch)]
+    padded = (dict(tokenizer.pad([rows[i] for i in group], return_tensors="pt")) for group in groups)
+    features = None
+    for group, vectors in zip(groups, encode(encoder, padded)):
+        features = torch.empty(len(rows), vectors.shape[1]) if features is None else features
+        features[group] = vectors
+        bar.advance(len(group))
+    bar.close()
+    return features
+
+
+def text_encoder_stage(run: Run, encoder: str, field: str) -> Path:
+    """Stage `<encoder>_<field>`: the encoder fine-tuned on one field, and its features. Used in 03 and 04.
+
+    Writes encoder/ (Hugging Face model and tokenizer), head.safetensors (linear layer), features.safetensors
+    (`features` [N, d] by product id, all parts) and curve.csv.
+    """
+    name = f"{one_of('encoder', encoder, TEXT_ENCODERS)}_{one_of('field', field, FIELDS)}"
+
+    def build(out: Path) -> dict:
+        profile = run.profile
+        text = read_text(run)
+        training = text[text["part"] == "train"]
+        set_seed(run.seed)
+        both_fields = [*training["title"], *training["description"]]  # one tokenizer serves both fields
+        model, tokenizer = load_text_model(run, encoder, both_fields, out / "encoder")
+        rows = tokenise(tokenizer, text[field], profile.max_length)
+        datasets = {part: RowDataset([rows[i] for i in positions].__getitem__, text["label_id"].iloc[positions])
+                    for part in ("train", "val") for positions in [np.flatnonzero(text["part"] == part)]}
+        classifier = Classifier(TextEncoder(model, profile.pooling), model.config.hidden_size)
+        curve = finetune(classifier, **datasets, folder=out, collate=DataCollatorWithPadding(tokenizer),
+                         epochs=profile.text_epochs, batch=profile.text_batch, lr=profile.text_lr, weight_decay=0.01,
+                         seed=run.seed, by_length=True)
+        features = text_features(classifier.encoder, tokenizer, rows, 4 * profile.text_batch, name)
+        model.save_pretrained(out / "encoder")
+        tokenizer.save_pretrained(out / "encoder")
+        save_file(classifier.head.cpu().state_dict(), out / "head.safetensors")
+        save_tensors(out / "features.safetensors", text["product_id"], features=features)
+        curve.to_csv(out / "curve.csv", index=False)
+        return curve_metrics(curve) | {"parameters": sum(p.numel() for p in model.parameters())}
+
+    return stage(run, name, build, reads=["text", "splits"])
+
+
+def head_probabilities(folder: Path, features: Tensor) -> Tensor:
+    """Class probabilities [N, 27] that a fine-tuned encoder's own linear head gives its features. Used in 03 to 08."""
+    head = load_file(folder / "head.safetensors")
+    return torch.softmax(nn.functional.linear(features, head["weight"], head["bias"]), -1)
+
+
+# ======================================================================================================
+# 10  Pictures
+# ======================================================================================================
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def decode_picture(path: str | Path, size: int) -> np.ndarray:
+    """The picture as uint8 [3, size, size] RGB; ValueError names a file that cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            small = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    except OSError as error:
+        raise ValueError(f"picture {path} cannot be read ({error}); download it again or remove its row") from error
+    return np.asarray(small).transpose(2, 0, 1)
+
+
+def cached_pictures(run: Run, size: int) -> np.ndarray:
+    """uint8 [N, 3, size, size] of the split's products in order of product id, memory-mapped. Used in 05 and 06.
+
+    Decoded once into data/cache (150 kB a picture at 224 pixels); the file's name says which pictures it holds.
+    """
+    folder = catalogue_folder(run)
+    products = load_catalogue(folder).set_index("product_id").loc[np.sort(read_split(run)["product_id"])]
+    name = hash_json([catalogue_hash(folder), list(map(int, products.index)), size])[:16]
+    path = ROOT / "data" / "cache" / f"pictures-{name}.npy"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial_path = path.with_suffix(f".{os.getpid()}.partial")
+        pictures = np.lib.format.open_memmap(partial_path, "w+", np.uint8, (len(products), 3, size, size))
+        bar = Progress("decoding", len(products), "pictures")
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
+            for i, picture in enumerate(pool.map(partial(decode_picture, size=size), products["picture"])):
+                pictures[i] = picture
+                bar.advance()
+        bar.close()
+        pictures.flush()
+        partial_path.rename(path)
+    return np.load(path, mmap_mode="r")
+
+
+def augmentation(size: int) -> v2.Transform:
+    """Random rotation, flip and crop of training pictures (paper, section IV.A); uint8 to uint8. Shown in 05."""
+    return v2.Compose([v2.RandomRotation(15, interpolation=v2.InterpolationMode.BILINEAR),
+                       v2.RandomHorizontalFlip(),
+                       v2.RandomResizedCrop(size, scale=(0.8, 1.0), antialias=True)])
+
+
+def normalise(pictures: Tensor) -> Tensor:
+    """uint8 [..., 3, H, W] to float32 with ImageNet's mean and deviation per channel (paper, section IV.A)."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (pictures.float() / 255 - mean) / std
+
+
+class SmallSENet(SENet):
+    """SE-ResNeXt at a quarter of its width: the blocks of pretrainedmodels, 512 output channels."""
+
+    def __init__(self):
+        super().__init__(SEResNeXtBottleneck, [1, 1, 1, 1], groups=16, reduction=16, dropout_p=None, inplanes=16,
+                         input_3x3=False, downsample_kernel_size=1, downsample_padding=0)
+
+    def _make_layer(self, block, planes, *args, **kwargs):
+        return super()._make_layer(block, planes // 4, *args, **kwargs)
+
+
+class ImageEncoder(nn.Module):
+    """SE-ResNeXt without its last layer: the global average of its feature map, [N, 2048] (small one: 512)."""
+
+    def __init__(self, name: str, weights: str | None = "imagenet"):
+        super().__init__()
+        self.model = SmallSENet() if name == "small" else pretrainedmodels.__dict__[name](pretrained=weights)
+        del self.model.last_linear
+        self.width = self.model.layer4[-1].bn3.num_features
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.contiguous(memory_format=torch.channels_last)  # the faster layout for convolutions
+        return self.model.features(pixels).mean((2, 3))
+
+
+def image_encoder_stage(run: Run) -> Path:
+    """Stage `seresnext`: the image encoder fine-tuned on whole pictures. Used in 05.
+
+    Writes encoder.safetensors, head.safetensors (linear layer) and curve.csv.
+    """
+
+    def build(out: Path) -> dict:
+        profile = run.profile
+        split, pictures = read_split(run), cached_pictures(run, profile.image_size)
+        set_seed(run.seed)
+        model = ImageEncoder(profile.seresnext)
+        classifier = Classifier(model, model.width, dropout=0.0)
+        augment = augmentation(profile.image_size)
+
+        def dataset(part: str, change: Callable[[Tensor], Tensor]) -> RowDataset:
+            positions = np.flatnonzero(split["part"] == part)
+            return RowDataset(lambda i: {"pixels": normalise(change(torch.tensor(pictures[positions[i]])))},
+                              split["label_id"].iloc[positions])
+
+        curve = finetune(classifier, dataset("train", augment), dataset("val", lambda picture: picture), folder=out,
+                         collate=torch.utils.data.default_collate, epochs=profile.image_epochs,
+                         batch=profile.image_batch, lr=profile.image_lr, weight_decay=0.0,  # AdamW without decay: Adam
+                         seed=run.seed, by_length=False)
+        save_file(model.cpu().state_dict(), out / "encoder.safetensors")
+        save_file(classifier.head.cpu().state_dict(), out / "head.safetensors")
+        curve.to_csv(out / "curve.csv", index=False)
+        return curve_metrics(curve) | {"parameters": sum(p.numel() for p in classifier.parameters())}
+
+    return stage(run, "seresnext", build, reads=["splits"], inputs={"pictures": catalogue_hash(catalogue_folder(run))})
+
+
+def load_image_encoder(run: Run) -> ImageEncoder:
+    """The fine-tuned image encoder of stage `seresnext`, in eval mode. Used in 06."""
+    encoder = ImageEncoder(run.profile.seresnext, weights=None)
+    encoder.load_state_dict(load_file(read_stage(run, "seresnext") / "encoder.safetensors"))
+    return encoder.eval()
+
+
+# ======================================================================================================
+# 11  Regions
+# ======================================================================================================
+def split_regions(pictures: Tensor, grid: int = 16) -> Tensor:
+    """Pictures [N, 3, S, S] as tiles [N, grid * grid, 3, S/grid, S/grid], row by row (paper, section III.B).
+
+    ValueError if S is not a multiple of `grid`. Shown in 06.
+    """
+    n, channels, height, width = pictures.shape
+    if height % grid or width % grid:
+        raise ValueError(f"pictures of {height} x {width} pixels cannot be cut into {grid} x {grid} equal regions")
+    tiles = pictures.reshape(n, channels, grid, height // grid, grid, width // grid)
+    return tiles.permute(0, 2, 4, 1, 3, 5).reshape(n, grid * grid, channels, height // grid, width // grid)
+
+
+def regional_features(encoder: ImageEncoder, pictures: Tensor, grid: int = 16) -> Tensor:
+    """P of equation (2): the mean of the encoder's vectors of all tiles, [N, width]. Shown in 06."""
+    tiles = split_regions(pictures, grid)                          # [N, 256, 3, 14, 14]
+    vectors = encoder(tiles.flatten(0, 1))                         # [N * 256, width]
+    return vectors.view(len(pictures), grid * grid, -1).mean(1)    # [N, width]
+
+
+class RegionEncoder(nn.Module):
+    """`regional_features` as a module, so that `encode` can run it."""
+
+    def __init__(self, encoder: ImageEncoder, grid: int):
+        super().__init__()
+        self.encoder, self.grid = encoder, grid
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return regional_features(self.encoder, pixels, self.grid)
+
+
+def image_features_stage(run: Run, name: str) -> Path:
+    """Stage `image_regions` (P) or `image_whole` (whole pictures): features.safetensors, [N, width] by product id.
+
+    P follows the setting `regions`: "tiles" is equation (2), "feature_map" the encoder's own global average of
+    the whole picture, which `image_whole` always is (Table I scores it). Used in 06.
+    """
+
+    def build(out: Path) -> dict:
+        profile = run.profile
+        whole = name == "image_whole" or profile.regions == "feature_map"
+        pictures = cached_pictures(run, profile.image_size if whole else profile.region_size)
+        encoder = load_image_encoder(run)
+        batch = profile.image_batch if whole else 4  # a picture is 256 tiles
+        bar = Progress(name, len(pictures), "pictures")
+        slices = (pictures[start:start + batch] for start in range(0, len(pictures), batch))
+        batches = ({"pixels": normalise(torch.tensor(part))} for part in slices)
+        encoder = encoder if whole else RegionEncoder(encoder, profile.grid)
+        vectors = []
+        for found in encode(encoder, batches):
+            vectors.append(found)
+            bar.advance(len(found))
+        bar.close()
+        save_tensors(out / "features.safetensors", np.sort(read_split(run)["product_id"]), features=torch.cat(vectors))
+        return {"width": vectors[0].shape[1]}
+
+    return stage(run, name, build, reads=["splits", "seresnext"])
+
+
+# ======================================================================================================
+# 12  Fusion
+# ======================================================================================================
+FUSIONS = ("add", "concat", "average")
+HEADS = ("basic", "dropout", "layers")
+
+
+def fuse(how: str, a: Tensor, b: Tensor) -> Tensor:
+    """Z of two representations [N, d]: [N, d] for "add" and "average", [N, 2d] for "concat" (paper, section III.C)."""
+    if how == "concat":
+        return torch.cat([a, b], dim=-1)
+    total = a + b
+    return total / 2 if one_of("fusion", how, FUSIONS) == "average" else total
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One fusion model: Z of both inner levels, Z of the outer level, and the classifier's head."""
+    text_fusion: str
+    final_fusion: str
+    head: str = "basic"
+    standardise: bool = True
+
+    @property
+    def name(self) -> str:
+        parts = [self.text_fusion, self.final_fusion, self.head if self.head != "basic" else "",
+                 "" if self.standardise else "raw"]
+        return "-".join(part for part in parts if part)
+
+
+# The variants of Tables II, III and V; all nine pairs: itertools.product(FUSIONS, FUSIONS).
+TABLE_VARIANTS = (Variant("concat", "concat"), Variant("concat", "add"), Variant("concat", "average"),
+                  Variant("average", "average"), Variant("average", "average", "dropout"),
+                  Variant("average", "average", "layers"))
+
+
+class ImageReduction(nn.Module):
+    """Conv1d with max-pooling that fits P [N, p] to the width of the text vector [N, width] (paper, section III.C)."""
+
+    def __init__(self, width: int, channels: int = 4):
+        super().__init__()
+        if width % channels:
+            raise ValueError(f"the text vector's width {width} is not a multiple of {channels} channels")
+        self.conv = nn.Conv1d(1, channels, kernel_size=3, padding=1)
+        self.pool = nn.AdaptiveMaxPool1d(width // channels)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.pool(self.conv(image[:, None])).flatten(1)
+
+
+def make_head(width: int, classes: int, head: str, dropout: float) -> nn.Sequential:
+    """f of equation (1): three fully connected layers; Table III adds dropout, or dropout and one more layer."""
+    one_of("head", head, HEADS)
+    first = [nn.Dropout(dropout)] if head == "dropout" else []
+    more = [nn.Dropout(dropout), nn.Linear(256, 256), nn.ReLU()] if head == "layers" else []
+    return nn.Sequential(*first, nn.Linear(width, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), *more,
+                         nn.Linear(256, classes))
+
+
+class HierarchicalFusion(nn.Module):
+    """y = f(Z(P, Z(Z(T_f, D_f), Z(T_c, D_c)))), equation (1). Shown in 07.
+
+    `widths` gives the width of each of T_c, D_c, T_f, D_f and P. `forward` takes them as [N, width] tensors and
+    returns logits [N, classes]. Text representations of different widths need `project`.
+    """
+
+    def __init__(self, widths: dict[str, int], variant: Variant, classes: int = 27, dropout: float = 0.3,
+                 project: bool = False):
+        super().__init__()
+        self.variant = variant
+        texts = {name: width for name, width in widths.items() if name != "P"}
+        if len(set(texts.values())) > 1 and not project:
+            raise ValueError(f"the text representations differ in width ({texts}); set project=True")
+        d = max(texts.values())
+        for name, width in widths.items():  # 0 and 1 until fit_scale is called
+            self.register_buffer(f"mean_{name}", torch.zeros(width))
+            self.register_buffer(f"std_{name}", torch.ones(width))
+        self.projections = nn.ModuleDict({name: nn.Linear(width, d) for name, width in texts.items() if project})
+        text_width = 4 * d if variant.text_fusion == "concat" else d
+        self.reduce_image = ImageReduction(text_width)
+        fused_width = 2 * text_width if variant.final_fusion == "concat" else text_width
+        self.classify = make_head(fused_width, classes, variant.head, dropout)
+
+    def fit_scale(self, training: dict[str, Tensor]) -> None:
+        """Remember the mean and deviation of the training rows; a constant column is only centred."""
+        for name, rows in training.items():
+            std = rows.std(0)
+            getattr(self, f"mean_{name}").copy_(rows.mean(0))
+            getattr(self, f"std_{name}").copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
+
+    def prepare(self, name: str, rows: Tensor) -> Tensor:
+        """A representation standardised and, where asked for, projected."""
+        rows = (rows - getattr(self, f"mean_{name}")) / getattr(self, f"std_{name}")
+        return self.projections[name](rows) if name in self.projections else rows
+
+    def forward(self, **representations: Tensor) -> Tensor:
+        x = {name: self.prepare(name, rows) for name, rows in representations.items()}
+        inner = partial(fuse, self.variant.text_fusion)
+        text = inner(inner(x["T_f"], x["D_f"]), inner(x["T_c"], x["D_c"]))
+        return self.classify(fuse(self.variant.final_fusion, self.reduce_image(x["P"]), text))
+
+
+def read_representations(run: Run, product_ids: Sequence[int]) -> dict[str, Tensor]:
+    """T_c, D_c, T_f, D_f and P of the products, in their order. Used in 07 and 08."""
+    return {symbol: load_tensors(read_stage(run, name) / "features.safetensors", product_ids)["features"]
+            for symbol, name in REPRESENTATIONS.items()}
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], labels: Tensor) -> float:
+    """One step of gradient descent on the cross-entropy; returns the loss before it. Shown in 07."""
+    loss = nn.functional.cross_entropy(model(**batch), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def train_fusion(model: HierarchicalFusion, train: tuple, val: tuple, *, epochs: int, batch: int, lr: float,
+                 seed: int, label: str) -> pd.DataFrame:
+    """Train on cached (representations, labels) and leave the model at its best epoch by validation macro-F1.
+
+    Returns the learning curve, one row an epoch, as `finetune` does. Shown in 07.
+    """
+    (rows, labels), (val_rows, val_labels) = train, val
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    shuffle, curve, best = torch.Generator().manual_seed(seed), [], (-1.0, {})
+    bar = Progress(label, epochs, "epochs")
+    for epoch in range(1, epochs + 1):
+        model.train()
+        losses = [train_step(model, optimizer, {name: x[index] for name, x in rows.items()}, labels[index])
+                  for index in torch.randperm(len(labels), generator=shuffle).split(batch)]
+        logits = predict_fusion(model, val_rows)
+        scores = score(val_labels.cpu(), logits.argmax(-1).cpu())
+        curve.append({"epoch": epoch, "train_loss": float(np.mean(losses)),
+                      "val_loss": nn.functional.cross_entropy(logits, val_labels).item(),
+                      "val_accuracy": scores["accuracy"], "val_macro_f1": scores["macro_f1"]})
+        if scores["macro_f1"] > best[0]:
+            best = (scores["macro_f1"], {name: value.clone() for name, value in model.state_dict().items()})
+        bar.advance()
+    bar.close()
+    model.load_state_dict(best[1])
+    return pd.DataFrame(curve)
+
+
+@torch.inference_mode()
+def predict_fusion(model: HierarchicalFusion, representations: dict[str, Tensor]) -> Tensor:
+    """Logits [N, 27], in eval mode."""
+    return model.eval()(**representations)
+
+
+def make_fusion(run: Run, variant: Variant, representations: dict[str, Tensor]) -> HierarchicalFusion:
+    """An untrained fusion model for representations of these widths."""
+    widths = {name: rows.shape[1] for name, rows in representations.items()}
+    return HierarchicalFusion(widths, variant, dropout=run.profile.dropout, project=run.profile.project)
+
+
+def fusion_stage(run: Run, variant: Variant) -> Path:
+    """Stage `fusion-<variant>`: the trained fusion model (model.safetensors) and curve.csv. Used in 07."""
+
+    def build(out: Path) -> dict:
+        profile = run.profile
+        split = read_split(run)
+        parts = {}
+        for part in ("train", "val"):
+            rows = split[split["part"] == part]
+            representations = read_representations(run, rows["product_id"])
+            parts[part] = ({name: x.to(device()) for name, x in representations.items()},
+                           torch.tensor(rows["label_id"].to_numpy()).to(device()))
+        set_seed(run.seed)
+        model = make_fusion(run, variant, parts["train"][0]).to(device())
+        if variant.standardise:
+            model.fit_scale(parts["train"][0])
+        curve = train_fusion(model, parts["train"], parts["val"], epochs=profile.fusion_epochs,
+                             batch=profile.fusion_batch, lr=profile.fusion_lr, seed=run.seed, label=variant.name)
+        save_file(model.cpu().state_dict(), out / "model.safetensors")
+        curve.to_csv(out / "curve.csv", index=False)
+        return curve_metrics(curve) | {"parameters": sum(p.numel() for p in model.parameters())}
+
+    return stage(run, f"fusion-{variant.name}", build, reads=["splits", *REPRESENTATIONS.values()])
+
+
+def fusion_probabilities(run: Run, variant: Variant, representations: dict[str, Tensor]) -> Tensor:
+    """Class probabilities [N, 27] of a trained variant for these rows. Used in 07 and 08."""
+    model = make_fusion(run, variant, representations)
+    model.load_state_dict(load_file(read_stage(run, f"fusion-{variant.name}") / "model.safetensors"))
+    return torch.softmax(predict_fusion(model, representations), -1)
+
+
+# ======================================================================================================
+# 13  Result tables
+# ======================================================================================================
+TABLES = {"I": "90-10", "II": "90-10", "III": "90-10", "IV": "80-20", "V": "80-20"}
+# The paper's rows, as data/published_results.csv names them, and our models.
+OUR_MODEL = {
+    "CamemBERT description": "camembert_description", "CamemBERT title": "camembert_title",
+    "FlauBERT description": "flaubert_description", "FlauBERT title": "flaubert_title", "SE-ResNeXt-50": "seresnext",
+    "text concat + final concat": "concat-concat", "text concat + final add": "concat-add",
+    "text concat + final average": "concat-average", "text average + final average": "average-average",
+    "basic (average + average)": "average-average", "with dropout": "average-average-dropout",
+    "with more layers": "average-average-layers"}
+ENCODER_MODELS = ("camembert_title", "camembert_description", "flaubert_title", "flaubert_description", "seresnext")
+
+
+def encoder_probabilities(run: Run, model: str, product_ids: Sequence[int]) -> Tensor:
+    """Class probabilities [N, 27] of one fine-tuned encoder alone, by its own head. Used in 03 to 08."""
+    features = read_stage(run, "image_whole" if model == "seresnext" else model) / "features.safetensors"
+    return head_probabilities(read_stage(run, model), load_tensors(features, product_ids)["features"])
+
+
+def all_probabilities(run: Run, part: str) -> tuple[np.ndarray, dict[str, Tensor]]:
+    """(true labels [N], {model: probabilities [N, 27]}) of baselines, encoders and fusion variants on one part.
+
+    Rows in order of product id. Used in 07 (val) and, for the test part, in 08 alone.
+    """
+    rows = read_split(run).query("part == @part")
+    ids = rows["product_id"].to_numpy()
+    found = load_tensors(read_stage(run, "baselines") / "probabilities.safetensors", ids)
+    found |= {model: encoder_probabilities(run, model, ids) for model in ENCODER_MODELS}
+    representations = read_representations(run, ids)
+    found |= {variant.name: fusion_probabilities(run, variant, representations) for variant in TABLE_VARIANTS}
+    return rows["label_id"].to_numpy(), found
+
+
+def score_stage(run: Run) -> Path:
+    """Stage `scores`: the test part's predictions.safetensors, scores.csv and table_<number>.csv. Used in 08 alone."""
+
+    def build(out: Path) -> dict:
+        truth, found = all_probabilities(run, "test")
+        ids = read_split(run).query("part == 'test'")["product_id"]
+        save_tensors(out / "predictions.safetensors", ids, label_id=truth, **found)
+        scores = pd.DataFrame([score_row(model, truth, probabilities.argmax(-1), run)
+                               for model, probabilities in found.items()])
+        scores.to_csv(out / "scores.csv", index=False)
+        for number in (number for number, split in TABLES.items() if split == run.split):
+            paper_table(scores, number).to_csv(out / f"table_{number}.csv", index=False)
+        return {"models": len(scores), "n": len(truth)}
+
+    reads = ["splits", "baselines", *ENCODER_MODELS, "image_whole", "image_regions",
+             *(f"fusion-{variant.name}" for variant in TABLE_VARIANTS)]
+    return stage(run, "scores", build, reads=reads)
+
+
+def paper_table(scores: pd.DataFrame, number: str) -> pd.DataFrame:
+    """One of the paper's Tables I to V, rows in its order: our scores and the columns paper_accuracy, paper_macro_f1."""
+    published = pd.read_csv(PUBLISHED).query("source == 'paper' and reference == @table", local_dict={
+        "table": f"Table {one_of('table', number, TABLES)}"})
+    ours = scores.set_index("model").loc[[OUR_MODEL[name] for name in published["model"]]].reset_index(drop=True)
+    table = pd.concat([published[["model"]].reset_index(drop=True), ours], axis=1)
+    return table.assign(paper_accuracy=published["accuracy"].to_numpy(), paper_macro_f1=published["macro_f1"].to_numpy())
+
+
+def readable_table(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of `paper_table` for reading: ours with intervals, then the paper's, all in percent. Used in 08."""
+    ours = score_table(table.to_dict("records"))
+    return ours.assign(**{"paper: accuracy": table["paper_accuracy"].map("{:.2f}".format),
+                          "paper: macro_f1": table["paper_macro_f1"].map("{:.2f}".format)})
+
+
+def data_note(run: Run) -> str:
+    """Which data the numbers belong to, for titles and reports. Used in 08."""
+    ours = ("ours: the synthetic sample, another data set than the paper's" if run.profile.name == "sample"
+            else f"ours: Rakuten France, {run.profile.rows} rows")
+    return f"Percent, 95% bootstrap intervals, test part; {ours}; paper: as published."
+
+
+# ======================================================================================================
+# 14  Figures
+# ======================================================================================================
+COLOURS = {"camembert": "#004D80", "flaubert": "#3D9BD6", "image": "#D55E00", "fusion": "#222222", "paper": "#767676"}
+COLUMN, PAGE = 3.5, 7.2  # inches
+
+
+def figure(width: float = PAGE, height: float = 3.0, **subplots):
+    """`plt.subplots` in the study's look. Used in 01 to 08."""
+    sns.set_theme(style="ticks", context="paper", rc={
+        "figure.constrained_layout.use": True, "savefig.dpi": 200, "figure.dpi": 110, "axes.spines.top": False,
+        "axes.spines.right": False, "svg.hashsalt": "hierarchical-fusion", "svg.fonttype": "none"})
+    return plt.subplots(figsize=(width, height), **subplots)
+
+
+def save_figure(run: Run, fig, name: str, data: pd.DataFrame) -> None:
+    """Write <run>/figures/<name>.png, .svg and .csv (the plotted numbers); sample figures say so in a corner.
+
+    Used in 01 to 08.
+    """
+    folder = run.folder / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    if run.profile.name == "sample":
+        fig.text(0.995, 0.005, "synthetic sample", ha="right", va="bottom", fontsize=6, color="#767676", in_layout=False)
+    fig.savefig(folder / f"{name}.png", metadata={"Software": None})
+    fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    data.to_csv(folder / f"{name}.csv", index=False)
+
+
+def source_colour(model: str) -> str:
+    """The colour of a model's source: an encoder, or fusion, by its name."""
+    for word, colour in (("camembert", "camembert"), ("flaubert", "flaubert"), ("seresnext", "image"),
+                         ("majority", "paper"), ("tf-idf", "paper")):
+        if word in model.lower():
+            return COLOURS[colour]
+    return COLOURS["fusion"]
+
+
+def plot_learning_curve(axes: Sequence, curve: pd.DataFrame, label: str, colour: str, marker: str = "o") -> None:
+    """Losses on the first axes, validation macro-F1 with its best epoch on the second. Used in 03, 04, 05 and 07."""
+    loss, f1 = axes
+    dash = "--" if marker == "s" else "-"
+    loss.plot(curve["epoch"], curve["train_loss"], color=colour, ls=dash, alpha=0.4, label=f"{label}, train")
+    loss.plot(curve["epoch"], curve["val_loss"], color=colour, ls=dash, marker=marker, ms=3, label=f"{label}, val")
+    f1.plot(curve["epoch"], 100 * curve["val_macro_f1"], color=colour, ls=dash, marker=marker, ms=3, label=label)
+    best = curve.loc[curve["val_macro_f1"].idxmax()]
+    f1.plot(best["epoch"], 100 * best["val_macro_f1"], marker="*", ms=9, color=colour, ls="none")
+    loss.set(xlabel="epoch", ylabel="cross-entropy (nats)")
+    f1.set(xlabel="epoch", ylabel="validation macro-F1 (%)", ylim=(0, 100))
+
+
+def plot_confusion(ax, truth: Sequence[int], predicted: Sequence[int], names: Sequence[str],
+                   place: pd.Series) -> pd.DataFrame:
+    """Shares of each true class (rows sum to 1) as a one-hue map from 0 to 1; returns them. Used in 08.
+
+    `place` maps a label id to its row and column, `names` are the classes in that order.
+    """
+    cells = np.zeros((len(names), len(names)))
+    np.add.at(cells, (place[truth].to_numpy(), place[predicted].to_numpy()), 1)
+    shares = pd.DataFrame(cells / np.maximum(cells.sum(1, keepdims=True), 1), index=list(names), columns=list(names))
+    sns.heatmap(shares, ax=ax, vmin=0, vmax=1, cmap="Greys", square=True, xticklabels=True, yticklabels=True,
+                cbar_kws={"label": "share of the true class", "shrink": 0.6})
+    ax.set(xlabel="predicted class", ylabel="true class")
+    ax.tick_params(labelsize=5, length=0)
+    return shares
+
+
+def plot_scores(ax, scores: pd.DataFrame, metric: str, published: pd.Series | None = None) -> None:
+    """Dots with 95% intervals, ours filled; the paper's figures as open grey diamonds. Used in 08.
+
+    `scores` holds rows of `score_row`; `published` is in percent, indexed like `scores`, NaN where there is none.
+    """
+    places = np.arange(len(scores))[::-1]
+    for place, (_, row) in zip(places, scores.iterrows()):
+        colour, face = source_colour(row["model"]), None if "description" not in row["model"] else "white"
+        ax.plot([row[f"{metric}_low"], row[f"{metric}_high"]], [place, place], color=colour, lw=1.2)
+        ax.plot(row[metric], place, "s" if face else "o", color=colour, ms=5)
+    if published is not None:
+        ax.plot(published, places, "D", mfc="none", mec=COLOURS["paper"], ms=5, label="paper, Rakuten data")
+    ax.set(yticks=places, yticklabels=scores["model"], xlabel=f"{metric.replace('_', '-')} (%)", xlim=(0, 100))
+    ax.grid(axis="x", lw=0.4)
+
+
+# ======================================================================================================
+# 15  Notebook display
+# ======================================================================================================
+def show(*objects: object) -> None:
+    """The source of helpers, as they run. Used in 01 to 08."""
+    for thing in objects:
+        display(Markdown(f"```python\n{inspect.getsource(thing)}```"))
+
+
+def caption(text: str) -> None:
+    """A figure's caption, filled from results, under the figure. Used in 01 to 08."""
+    display(Markdown(f"*{text}*"))
+
+
+def note(text: str) -> None:
+    """A sentence of the running text whose numbers come from results. Used in 01 to 08."""
+    display(Markdown(text))
+
+
+def describe_stages(run: Run, *names: str) -> pd.DataFrame:
+    """What the manifests of these stages say: seconds, peak memory, metrics. Used in 03 to 08."""
+    manifests = [read_manifest(run, name) for name in names]
+    return pd.DataFrame([{"stage": m["stage"], "seconds": m["seconds"], "peak memory (GB)": m["peak_memory_gb"],
+                          **{key: round(value, 4) for key, value in m["metrics"].items()}} for m in manifests])

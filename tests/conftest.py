@@ -1,0 +1,134 @@
+"""What the unit tests share: a catalogue of 60 invented products in both public layouts, and a run on it."""
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the network
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import helpers as h
+
+# Twelve invented titles and some description sentences of five classes; the first description is missing.
+PRODUCTS = {
+    10: (["Le Phare oublié - Anne Marlot", "Les Racines du vent, roman", "Contes d'Armorique (poche)",
+          "Le Dernier Wagon - Paul Vesne", "Carnets d'un botaniste", "La Maison des brumes",
+          "Histoire d'un moulin", "L'Atlas des îles perdues", "Poèmes du soir - édition 1962",
+          "Un Été à Kerlouan", "La Lettre sous l'escalier", "Mémoires d'un libraire"],
+         ["Livre d'occasion, couverture un peu usée.", "Roman broché de 212 pages, bon état.",
+          "Exemplaire de bibliothèque ; tampon en page de garde."]),
+    1280: (["Ours en peluche Nono 30 cm", "Train en bois 18 pièces", "Poupée Lila et sa valise",
+            "Puzzle des animaux 48 pièces", "Camion de pompiers à friction", "Toupie lumineuse",
+            "Dinette en métal 22 pièces", "Cubes empilables bébé", "Château fort à monter",
+            "Marionnettes à doigts", "Yoyo en hêtre", "Arche et ses animaux"],
+           ["Jouet pour enfant dès 3 ans.", "Couleurs vives, peinture sans danger.", "Idéal pour l'éveil."]),
+    2583: (["Pompe de filtration 6 m³/h", "Bâche à bulles ronde Ø 3,6 m", "Échelle de piscine 3 marches",
+            "Robot nettoyeur Aquavif", "Liner 75/100 bleu", "Skimmer blanc", "Projecteur LED de bassin",
+            "Épuisette de surface", "Chlore lent 5 kg", "Tuyau flottant 9 m", "Piscine tubulaire 4 x 2 m",
+            "Thermomètre de piscine canard"],
+           ["Pour piscine hors sol ou enterrée.", "Débit de filtration élevé, raccord 38 mm.", "Garantie 2 ans."]),
+    40: (["Rallye Vosges 4 - PC", "Chevaliers de l'Aube PS2", "Mystère au manoir, jeu vidéo",
+          "Astro Moto Turbo", "Pixel Golf deluxe", "Les Bâtisseurs du Nil", "Ligue Foot 98 Mega",
+          "Dragons & Donjonnets", "Sous-marin Abysse", "Karting des neiges", "Zombies à Paris", "Simulateur de tracteur"],
+         ["Jeu complet avec notice.", "Version européenne, boîte d'origine.", "Fonctionne sur console française."]),
+    1560: (["Table basse en chêne", "Étagère murale 5 niveaux", "Chaise scandinave x4", "Bureau d'angle Milo",
+            "Commode 3 tiroirs", "Tabouret de bar noir", "Buffet en pin massif", "Lit gigogne 90 x 190",
+            "Meuble TV industriel", "Console d'entrée", "Armoire 2 portes", "Banc de lit en velours"],
+           ["Meuble livré à plat, notice incluse.", "Dimensions : L 80 x P 40 x H 75 cm.", "Bois et métal."]),
+}
+# (place in the catalogue, column, text): what real texts hold and a table format must carry.
+ODD_TEXTS = [
+    (5, "title", 'Le "Grand" Livre, tome 1'), (17, "description", "<p>Jouet &agrave; tirer<br />bois &amp; m&eacute;tal</p>"),
+    (18, "description", "Âge\tconseillé :\t3 ans"), (29, "description", "d < 5 cm, h > 2 cm"),
+    (30, "description", "Filtre ; sable, \"20 kg\""), (41, "description", "&lt;b&gt;Jeu&lt;/b&gt;&nbsp;rare"),
+    (42, "description", "ligne 1\nligne 2"), (53, "title", "NA"), (54, "description", "null")]
+COLOURS = {10: (150, 90, 40), 1280: (230, 60, 60), 2583: (40, 120, 220), 40: (60, 200, 80), 1560: (210, 190, 120)}
+
+
+def tiny_products() -> pd.DataFrame:
+    """60 rows [title, description, product_id, image_id, code] in an order that is not that of the ids."""
+    rng, rows = np.random.default_rng(5), []
+    for code, (titles, sentences) in PRODUCTS.items():
+        for i, title in enumerate(titles):
+            text = " ".join(sentences[(i + k) % len(sentences)] for k in range(1 + i % 3)) if i else ""
+            rows.append({"title": title, "description": text, "code": code})
+    table = pd.DataFrame(rows)
+    for place, column, text in ODD_TEXTS:
+        table.loc[place, column] = text
+    table["product_id"] = 4_000_000 + rng.permutation(len(table)) * 37
+    table["image_id"] = 900_000 + np.arange(len(table)) * 11
+    return table.sample(frac=1, random_state=5, ignore_index=True)
+
+
+def draw_pictures(products: pd.DataFrame, folder: Path) -> None:
+    """One JPEG of 80 x 80 pixels a product: the class's colour, a darker square somewhere on it."""
+    folder.mkdir(parents=True)
+    for row in products.itertuples():
+        rng = np.random.default_rng(row.image_id)
+        pixels = np.full((80, 80, 3), COLOURS[row.code]) + rng.integers(-12, 13, (80, 80, 3))
+        top, left = rng.integers(5, 40, 2)
+        pixels[top:top + 30, left:left + 30] //= 2
+        picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        picture.save(folder / f"image_{row.image_id}_product_{row.product_id}.jpg", quality=90)
+
+
+def write_ens(folder: Path) -> Path:
+    """The products as challengedata.ens.fr lays them out."""
+    products = tiny_products()
+    draw_pictures(products, folder / "images" / "image_train")
+    x = products.rename(columns={"title": "designation", "product_id": "productid", "image_id": "imageid"})
+    x[["designation", "description", "productid", "imageid"]].to_csv(folder / "X_train_update.csv")
+    products[["code"]].rename(columns={"code": "prdtypecode"}).to_csv(folder / "Y_train_CVw08PX.csv")
+    return folder
+
+
+def write_sigir(folder: Path) -> Path:
+    """The same products as the SIGIR eCom 2020 challenge laid them out."""
+    products = tiny_products().rename_axis("Integer_id")
+    draw_pictures(products, folder / "image_training")
+    x = products.rename(columns={"title": "Title", "description": "Description", "product_id": "Product_id",
+                                 "image_id": "Image_id"})
+    x[["Title", "Description", "Image_id", "Product_id"]].to_csv(folder / "X_train.tsv", sep="\t")
+    products[["code"]].rename(columns={"code": "Prdtypecode"}).to_csv(folder / "Y_train.tsv", sep="\t")
+    return folder
+
+
+@pytest.fixture
+def tiny_ens(tmp_path):
+    return write_ens(tmp_path / "ens")
+
+
+@pytest.fixture
+def tiny_sigir(tmp_path):
+    return write_sigir(tmp_path / "sigir")
+
+
+SMALL = {"camembert": "small", "flaubert": "small", "seresnext": "small", "text_width": 16, "text_layers": 1,
+         "vocabulary": 200, "max_length": 32, "text_epochs": 1, "text_lr": 1e-3, "image_epochs": 1, "image_size": 64,
+         "region_size": 64, "fusion_epochs": 2, "bootstrap": 50}
+
+
+def isolate(patch: pytest.MonkeyPatch, folder: Path, catalogue: Path) -> None:
+    """Let everything that a run writes, decoded pictures included, go below `folder`."""
+    patch.setattr(h, "ROOT", folder)  # data/cache lies below it
+    patch.setenv("STUDY_RUNS", str(folder / "runs"))
+    patch.setenv("RAKUTEN_DATA", str(catalogue))
+    patch.delenv("STUDY_EVENTS", raising=False)
+
+
+@pytest.fixture
+def make_run(tmp_path, tiny_ens, monkeypatch):
+    """make_run(split="90-10", seed=0, **settings): a run of the paper's profile, made small, on the tiny catalogue."""
+    isolate(monkeypatch, tmp_path, tiny_ens)
+    return lambda split="90-10", seed=0, **settings: h.open_run("paper", split, seed, {**SMALL, **settings})
+
+
+@pytest.fixture
+def run(make_run):
+    return make_run()
