@@ -18,7 +18,8 @@ clean: ## remove what runs have made (the environment and Rakuten's files stay)
 	rm -rf runs data/sample data/cache .pytest_cache __pycache__ tests/__pycache__ data/__pycache__
 
 .venv/installed: requirements.txt constraints.txt
-	$(PYTHON) -m venv .venv
+	@command -v "$(PYTHON)" > /dev/null || { echo "Python 3.11 is needed and $(PYTHON) was not found: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	"$(PYTHON)" -m venv .venv
 	$(PY) -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
 	touch .venv/installed
 

@@ -124,7 +124,7 @@ def execute(step: Step, label: str) -> dict:
     def work() -> None:
         try:
             papermill.execute_notebook(step.source, step.output, step.parameters, cwd=step.source.parent,
-                                       progress_bar=False)
+                                       progress_bar=False, extra_arguments=["--IPKernelApp.log_level=40"])
         except BaseException as error:  # handed to the main thread
             failures.append(error)
 
