@@ -4,8 +4,8 @@ The notebooks import this module as ``h``. Sections follow the notebooks; a sect
 
     section                what it holds                                              taught in
     1  Settings            words, profiles, runs                                      01
-    2  Stages              manifests: skip what is done, redo what is stale           01
-    3  Progress            one line that moves, in Jupyter, a terminal or a log       03
+    2  Progress            one line that moves, in Jupyter, a terminal or a log       03
+    3  Stages              manifests: skip what is done, redo what is stale           01
     4  Catalogue           both public layouts, checks, labels                        01
     5  Splits              90-10 and 80-20, stratified, keyed by product id           01
     6  Text                cleaning, tokenizers, TF-IDF baseline                      02
@@ -31,7 +31,6 @@ import html
 import importlib.metadata
 import importlib.util
 import inspect
-import itertools
 import json
 import os
 import platform
@@ -41,11 +40,11 @@ import sys
 import textwrap
 import time
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Sequence
 
 import matplotlib.pyplot as plt
 import nltk
@@ -70,9 +69,22 @@ from sklearn.pipeline import make_pipeline
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torchvision.transforms import v2
-from transformers import (AutoModel, AutoTokenizer, CamembertConfig, CamembertModel, CamembertTokenizer,
-                          DataCollatorWithPadding, FlaubertConfig, FlaubertModel, FlaubertTokenizer,
-                          PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed)
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    CamembertConfig,
+    CamembertModel,
+    CamembertTokenizer,
+    DataCollatorWithPadding,
+    FlaubertConfig,
+    FlaubertModel,
+    FlaubertTokenizer,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 # ======================================================================================================
 # 1  Settings
@@ -125,7 +137,7 @@ class Profile:
 PROFILES = {
     "sample": Profile(
         name="sample", data="data/sample", camembert="small", flaubert="small", seresnext="small",
-        text_width=64, text_layers=2, vocabulary=1500, max_length=128, text_lr=1e-3, image_size=96,
+        text_width=64, text_layers=2, vocabulary=2000, max_length=128, text_lr=1e-3, image_size=96,
         image_lr=3e-3),
     "paper": Profile(name="paper", data="data/raw"),
 }
@@ -197,7 +209,52 @@ def device() -> torch.device:
 
 
 # ======================================================================================================
-# 2  Stages: each writes a folder that appears only when it is whole, with a manifest that says from what
+# 2  Progress
+# ======================================================================================================
+def report_event(**event: object) -> None:
+    """Tell run.py, which reads the file named by STUDY_EVENTS, what happens in this notebook."""
+    if path := os.environ.get("STUDY_EVENTS"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+
+class Progress:
+    """One line for `total` steps of work: shown in the notebook while it runs, removed when it is done."""
+
+    def __init__(self, label: str, total: int, unit: str = "steps", every: float = 0.5):
+        self.label, self.total, self.unit, self.every = label, total, unit, every
+        self.done, self.start, self.shown = 0, time.perf_counter(), 0.0
+        self.handle = display(Markdown(f"{label} ..."), display_id=True)
+
+    def advance(self, steps: int = 1) -> None:
+        """Count `steps` as done; the line changes at most every half second."""
+        self.done += steps
+        now = time.perf_counter()
+        if now - self.shown >= self.every:
+            self.shown = now
+            rate = self.done / (now - self.start)
+            left = (self.total - self.done) / rate
+            text = f"{self.label}: {self.done} of {self.total} {self.unit}, {rate:.1f} a second, {left:.0f} s left"
+            self._show(text)
+            report_event(text=text)
+
+    def track(self, things: Iterable) -> Iterator:
+        """The things one by one, each counted as a step."""
+        for thing in things:
+            yield thing
+            self.advance()
+
+    def close(self) -> None:
+        """Leave nothing behind in the notebook's output."""
+        self._show("")
+
+    def _show(self, text: str) -> None:
+        if self.handle is not None:  # None outside of a notebook
+            self.handle.update(Markdown(text))
+
+
+# ======================================================================================================
+# 3  Stages: each writes a folder that appears only when it is whole, with a manifest that says from what
 # ======================================================================================================
 # Which notebook makes a stage (the name up to the first dash).
 MADE_IN = {"splits": "01_data_exploration", "text": "02_text_preprocessing", "baselines": "02_text_preprocessing",
@@ -234,7 +291,7 @@ def stage(run: Run, name: str, build: Callable[[Path], dict], reads: Sequence[st
         manifest = _build(build, partial_folder, {"stage": name, "key": key, **recipe})
         shutil.rmtree(folder, ignore_errors=True)
         partial_folder.rename(folder)
-    report_event(stage=name, key=key)
+    report_event(stage=str(folder.relative_to(runs_folder())), key=key)
     return folder
 
 
@@ -346,7 +403,7 @@ def hash_file(path: Path) -> str:
     return _hash_bytes(path, about.st_size, about.st_mtime_ns)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _hash_bytes(path: Path, size: int, mtime: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -391,45 +448,6 @@ def load_tensors(path: Path, product_ids: Sequence[int]) -> dict[str, Tensor]:
 
 
 # ======================================================================================================
-# 3  Progress
-# ======================================================================================================
-def report_event(**event: object) -> None:
-    """Tell run.py, which reads the file named by STUDY_EVENTS, what happens in this notebook."""
-    if path := os.environ.get("STUDY_EVENTS"):
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
-
-
-class Progress:
-    """One line for `total` steps of work: shown in the notebook while it runs, removed when it is done."""
-
-    def __init__(self, label: str, total: int, unit: str = "steps", every: float = 0.5):
-        self.label, self.total, self.unit, self.every = label, total, unit, every
-        self.done, self.start, self.shown = 0, time.perf_counter(), 0.0
-        self.handle = display(Markdown(f"{label} ..."), display_id=True)
-
-    def advance(self, steps: int = 1) -> None:
-        """Count `steps` as done; the line changes at most every half second."""
-        self.done += steps
-        now = time.perf_counter()
-        if now - self.shown >= self.every:
-            self.shown = now
-            rate = self.done / (now - self.start)
-            left = (self.total - self.done) / rate
-            text = f"{self.label}: {self.done} of {self.total} {self.unit}, {rate:.1f} a second, {left:.0f} s left"
-            self._show(text)
-            report_event(text=text)
-
-    def close(self) -> None:
-        """Leave nothing behind in the notebook's output."""
-        self._show("")
-
-    def _show(self, text: str) -> None:
-        if self.handle is not None:  # None outside of a notebook
-            self.handle.update(Markdown(text))
-
-
-# ======================================================================================================
 # 4  Catalogue
 # ======================================================================================================
 LAYOUTS = {
@@ -471,7 +489,6 @@ def catalogue_folder(run: Run) -> Path:
 def _current_sample(folder: Path) -> Path:
     spec = importlib.util.spec_from_file_location("sample_catalogue", ROOT / "data" / "sample_catalogue.py")
     generator = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = generator  # its worker processes look the module up by name
     spec.loader.exec_module(generator)
     written = read_json(folder / "sample.json") or {}
     if written.get("source_sha256") != hash_file(Path(generator.__file__)):
@@ -613,7 +630,7 @@ def text_stage(run: Run) -> Path:
         products = load_catalogue(folder).set_index("product_id").loc[read_split(run)["product_id"]].reset_index()
         bar = Progress("cleaning", len(products) * len(FIELDS), "texts")
         for field in FIELDS:
-            products[field] = [bar.advance() or clean_text(text, run.profile.clean) for text in products[field]]
+            products[field] = [clean_text(text, run.profile.clean) for text in bar.track(products[field])]
         bar.close()
         products[["product_id", *FIELDS]].to_csv(out / "text.csv", index=False)
         return {"rows": len(products)}
@@ -826,7 +843,7 @@ def learning_curve(history: list[dict]) -> pd.DataFrame:
 def curve_metrics(curve: pd.DataFrame) -> dict:
     """The best epoch of a learning curve and its validation scores: what a stage's manifest keeps."""
     best = curve.loc[curve["val_macro_f1"].idxmax()]
-    return {"best_epoch": int(best["epoch"]), "val_accuracy": best["val_accuracy"], "val_macro_f1": best["val_macro_f1"]}
+    return {"best_epoch": int(best["epoch"]), **best[["val_accuracy", "val_macro_f1"]]}
 
 
 @torch.inference_mode()
@@ -1386,12 +1403,13 @@ def score_stage(run: Run) -> Path:
 
 
 def paper_table(scores: pd.DataFrame, number: str) -> pd.DataFrame:
-    """One of the paper's Tables I to V, rows in its order: our scores and the columns paper_accuracy, paper_macro_f1."""
+    """One of the paper's Tables I to V, rows in its order: our scores, then paper_accuracy and paper_macro_f1."""
     published = pd.read_csv(PUBLISHED).query("source == 'paper' and reference == @table", local_dict={
         "table": f"Table {one_of('table', number, TABLES)}"})
     ours = scores.set_index("model").loc[[OUR_MODEL[name] for name in published["model"]]].reset_index(drop=True)
     table = pd.concat([published[["model"]].reset_index(drop=True), ours], axis=1)
-    return table.assign(paper_accuracy=published["accuracy"].to_numpy(), paper_macro_f1=published["macro_f1"].to_numpy())
+    paper = published[["accuracy", "macro_f1"]].add_prefix("paper_").reset_index(drop=True)
+    return pd.concat([table, paper], axis=1)
 
 
 def readable_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -1411,7 +1429,8 @@ def data_note(run: Run) -> str:
 # ======================================================================================================
 # 14  Figures
 # ======================================================================================================
-COLOURS = {"camembert": "#004D80", "flaubert": "#3D9BD6", "image": "#D55E00", "fusion": "#222222", "paper": "#767676"}
+COLOURS = {"camembert": "#004D80", "flaubert": "#3D9BD6", "image": "#D55E00", "fusion": "#222222", "paper": "#767676",
+           "data": "#4F7A6B"}
 COLUMN, PAGE = 3.5, 7.2  # inches
 
 
@@ -1431,7 +1450,8 @@ def save_figure(run: Run, fig, name: str, data: pd.DataFrame) -> None:
     folder = run.folder / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     if run.profile.name == "sample":
-        fig.text(0.995, 0.005, "synthetic sample", ha="right", va="bottom", fontsize=6, color="#767676", in_layout=False)
+        fig.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))  # keep the corner free
+        fig.text(0.995, 0.005, "synthetic sample", ha="right", fontsize=6, color=COLOURS["paper"], in_layout=False)
     fig.savefig(folder / f"{name}.png", metadata={"Software": None})
     fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
     data.to_csv(folder / f"{name}.csv", index=False)
@@ -1468,7 +1488,8 @@ def plot_confusion(ax, truth: Sequence[int], predicted: Sequence[int], names: Se
     cells = np.zeros((len(names), len(names)))
     np.add.at(cells, (place[truth].to_numpy(), place[predicted].to_numpy()), 1)
     shares = pd.DataFrame(cells / np.maximum(cells.sum(1, keepdims=True), 1), index=list(names), columns=list(names))
-    sns.heatmap(shares, ax=ax, vmin=0, vmax=1, cmap="Greys", square=True, xticklabels=True, yticklabels=True, cbar=False)
+    sns.heatmap(shares, ax=ax, vmin=0, vmax=1, cmap="Greys", cbar=False, square=True,
+                xticklabels=True, yticklabels=True)
     ax.set(xlabel="predicted class", ylabel="true class")
     ax.tick_params(labelsize=5, length=0)
     return shares

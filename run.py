@@ -6,7 +6,7 @@
     python run.py publish    copy the default run's notebooks and figures into the repository
 
 Each notebook runs in a kernel process of its own, through papermill. What a notebook computes is kept as stages
-(see helpers.py, section 2), so a study that was stopped goes on where it was.
+(see helpers.py, section 3), so a study that was stopped goes on where it was.
 """
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ import helpers as h
 NOTEBOOKS = ["01_data_exploration", "02_text_preprocessing", "03_finetune_camembert", "04_finetune_flaubert",
              "05_finetune_seresnext", "06_regional_features", "07_hierarchical_fusion", "08_result_tables"]
 LAST_OF_SPLIT = "07_hierarchical_fusion"  # what follows compares the splits, so it runs after all of them
+UNSCORED = "not scored yet; run `python run.py study` with this split and seed"
 DEFAULTS = {"PROFILE": "sample", "SPLIT": "90-10", "SEED": 0, "SETTINGS": {}}  # of every notebook
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__,
@@ -105,7 +106,7 @@ def state(step: Step, catalogue: str) -> str:
     done = h.read_json(step.manifest)
     if done is None or not step.output.exists():
         return "missing"
-    kept = all((h.read_json(step.run.folder / name / "manifest.json") or {}).get("key") == key
+    kept = all((h.read_json(h.runs_folder() / name / "manifest.json") or {}).get("key") == key
                for name, key in done["stages"].items())
     return "done" if kept and done["key"] == step_key(step, catalogue) else "stale"
 
@@ -116,7 +117,7 @@ class StepFailed(Exception):
 
 
 def execute(step: Step, label: str) -> dict:
-    """Run the notebook and return {seconds, peak_memory_gb, stages: {folder: key}}; StepFailed names the cell."""
+    """Run the notebook; {seconds, peak_memory_gb, stages: {folder below runs: key}}. StepFailed names the cell."""
     step.output.parent.mkdir(parents=True, exist_ok=True)
     step.manifest.unlink(missing_ok=True)
     failures: list[BaseException] = []
@@ -144,18 +145,21 @@ def follow(thread: threading.Thread, path: Path, label: str) -> tuple[list[dict]
 
     A terminal gets one line that moves, a log a line every 15 seconds.
     """
-    events, peak, last = [], 0, time.monotonic()
-    with console.status(label) as status:
-        while thread.is_alive():
+    path.touch()
+    events, peak, last, alive = [], 0, time.monotonic(), True
+    with path.open(encoding="utf-8") as file, console.status(label) as status:
+        while alive:
             thread.join(0.5)
-            events = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            alive = thread.is_alive()  # asked before the file is read, so that nothing is missed
+            events += map(json.loads, file)  # what has been added since the last look
             peak = max(peak, memory_of_children())
-            steps = [event for event in events if "text" in event]
-            if steps:
-                status.update(f"{label}  {steps[-1]['text']}")
-            if steps and not console.is_terminal and time.monotonic() - last > 15:
+            if not events or "text" not in events[-1]:
+                continue
+            text = events[-1]["text"]
+            status.update(f"{label}  {text}")
+            if not console.is_terminal and time.monotonic() - last > 15:
                 last = time.monotonic()
-                console.print(f"        {steps[-1]['text']}", highlight=False)
+                console.print(f"        {text}", highlight=False)
     return events, peak
 
 
@@ -285,7 +289,7 @@ def print_tables(plan: list[Step]) -> None:
     note = h.data_note(plan[0].run)
     for title, table in read_tables(plan):
         if table is None:
-            console.print(f"{title}: not scored yet; python run.py study", highlight=False)
+            console.print(f"{title}: {UNSCORED}", highlight=False)
             continue
         shown = Table(title=f"{title}. {note}", title_justify="left")
         for column in (readable := h.readable_table(table)):
@@ -324,9 +328,10 @@ def write_report(plan: list[Step], catalogue: str) -> Path:
         rows.append({"notebook": link, "split": step.run.split, "seed": step.run.seed, "state": state(step, catalogue),
                      "minutes": round(done["seconds"] / 60, 1) if done else "",
                      "peak memory (GB)": done.get("peak_memory_gb", "")})
+    runs = dict.fromkeys(step.run for step in plan)
     pictures = [(f"{path.stem}, split {run.split}, seed {run.seed}", os.path.relpath(path, folder))
-                for run in dict.fromkeys(step.run for step in plan) for path in sorted(run.folder.glob("figures/*.png"))]
-    tables = [(title, "<p>Not scored yet: <code>python run.py study</code></p>" if table is None
+                for run in runs for path in sorted(run.folder.glob("figures/*.png"))]
+    tables = [(title, f"<p>{UNSCORED}</p>" if table is None
                else h.readable_table(table).to_html(index=False, border=0)) for title, table in read_tables(plan)]
     (folder / "index.html").write_text(REPORT.render(
         title=f"Hierarchical fusion, profile {profile.name}", note=h.data_note(plan[0].run), tables=tables,

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny: more threads only wait for each other
 
 import numpy as np
 import pandas as pd

@@ -1,5 +1,4 @@
 """The chain as a user runs it: run.py in a process of its own, with other parameters than the default."""
-import json
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 import helpers as h
 
 SETTINGS = {"text_epochs": 1, "image_epochs": 1, "image_size": 48, "fusion_epochs": 2, "bootstrap": 50}
-SMALL = ["--split", "80-20", "--seed", "3", *(word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}"))]
+SMALL = ["--split", "80-20", "--seed", "3", *(f"--set={key}={value}" for key, value in SETTINGS.items())]
 SPY = """
 import os, socket
 real = socket.socket.connect
@@ -75,6 +74,10 @@ def studied(place):
     return {"left": whole, "alive": alive, "second": run(place, "study", *SMALL)}
 
 
+def stage_keys(place: Path) -> dict[str, str]:
+    return {path.parent.name: h.read_json(path)["key"] for path in seed_folder(place).glob("*/manifest.json")}
+
+
 def wait_for(condition, seconds: float) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -107,7 +110,7 @@ def test_stages_hold_what_they_promise(studied, place):
         tensors = load_file(folder / stage / "features.safetensors")
         assert sorted(tensors["product_id"].tolist()) == sorted(split["product_id"])
         assert tensors["features"].std() > 0 and bool(tensors["features"].isfinite().all())
-    manifest = json.loads((folder / "camembert_title" / "manifest.json").read_text())
+    manifest = h.read_json(folder / "camembert_title" / "manifest.json")
     assert manifest["settings"]["text_epochs"] == 1 and manifest["seed"] == 3
     assert len(pd.read_csv(folder / "camembert_title" / "curve.csv")) == 1
     predictions = load_file(folder / "scores" / "predictions.safetensors")
@@ -138,10 +141,10 @@ def test_nothing_is_done_twice(studied, place):
 
 
 def test_a_changed_setting_redoes_only_what_reads_it(studied, place):
-    keys = {path.parent.name: json.loads(path.read_text())["key"] for path in seed_folder(place).glob("*/manifest.json")}
+    before = stage_keys(place)
     run(place, "study", *SMALL, "--set", "fusion_lr=0.01", "--only", "07")
-    after = {path.parent.name: json.loads(path.read_text())["key"] for path in seed_folder(place).glob("*/manifest.json")}
-    changed = {name for name in keys if keys[name] != after[name]}
+    after = stage_keys(place)
+    changed = {name for name in before if before[name] != after[name]}
     assert changed and all(name.startswith("fusion-") for name in changed)
 
 

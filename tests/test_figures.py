@@ -1,0 +1,94 @@
+"""Figures: files, the sample's mark, the confusion's shares, colours by source."""
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+import helpers as h
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def drawn(run):
+    """A function that saves a small figure for a profile and returns its folder and numbers."""
+    def draw(profile: str):
+        run = h.open_run(profile, "90-10", 0)
+        fig, ax = h.figure(h.COLUMN, 2.0)
+        ax.plot([1, 2, 3])
+        data = pd.DataFrame({"x": [1, 2, 3], "y": [0.25, 0.5, 1.0]})
+        h.save_figure(run, fig, "line", data)
+        return run.folder / "figures", data
+
+    return draw
+
+
+@pytest.mark.parametrize("profile, marked", [("sample", True), ("paper", False)])
+def test_figure_is_saved_thrice_and_the_sample_says_so(drawn, profile, marked):
+    folder, data = drawn(profile)
+    assert sorted(path.name for path in folder.iterdir()) == ["line.csv", "line.png", "line.svg"]
+    assert ("synthetic sample" in (folder / "line.svg").read_text()) is marked
+    assert pd.read_csv(folder / "line.csv").equals(data)
+    assert (folder / "line.png").read_bytes().startswith(b"\x89PNG")
+    assert h.Image.open(folder / "line.png").size == (700, 400)  # 3.5 x 2 inches at 200 dpi
+
+
+def test_same_figure_same_bytes(drawn):
+    """So that a rerun changes nothing in the repository."""
+    first = {path.name: path.read_bytes() for path in drawn("sample")[0].iterdir()}
+    assert first == {path.name: path.read_bytes() for path in drawn("sample")[0].iterdir()}
+
+
+def test_confusion_shows_shares_of_the_true_class():
+    fig, ax = h.figure(3, 3)
+    place = pd.Series({4: 0, 9: 1, 2: 2, 7: 3})  # of the label ids, in the figure's order
+    shares = h.plot_confusion(ax, [4, 4, 4, 4, 9, 9, 2], [4, 4, 4, 9, 9, 4, 2], ["a", "b", "c", "none"], place)
+    assert shares.loc["a"].tolist() == [0.75, 0.25, 0, 0] and shares.loc["b"].tolist() == [0.5, 0.5, 0, 0]
+    assert np.allclose(shares.sum(axis=1), [1, 1, 1, 0])  # a class without rows stays empty
+    colours = ax.collections[0]
+    assert (colours.norm.vmin, colours.norm.vmax) == (0, 1)
+    assert ax.get_xlabel() == "predicted class" and ax.get_ylabel() == "true class"
+
+
+@pytest.mark.parametrize("model, colour", [
+    ("camembert_title", "#004D80"), ("CamemBERT description", "#004D80"), ("flaubert_title", "#3D9BD6"),
+    ("seresnext", "#D55E00"), ("concat-add", "#222222"), ("average-average-dropout", "#222222"),
+    ("majority class", "#767676"), ("TF-IDF both", "#767676")])
+def test_colour_says_the_source(model, colour):
+    assert h.source_colour(model) == colour
+
+
+def test_the_papers_name_of_the_image_model_has_the_images_colour():
+    assert h.source_colour("SE-ResNeXt-50") == "#D55E00"
+
+
+def test_learning_curve_marks_the_best_epoch():
+    curve = pd.DataFrame({"epoch": [1, 2, 3], "train_loss": [3, 2, 1.0], "val_loss": [3, 2.5, 2.6],
+                          "val_macro_f1": [0.2, 0.6, 0.5]})
+    fig, axes = h.figure(7, 3, ncols=2)
+    h.plot_learning_curve(axes, curve, "title", "#004D80")
+    line, star = axes[1].lines
+    assert line.get_ydata().tolist() == pytest.approx([20, 60, 50])
+    assert (star.get_xdata()[0], star.get_ydata()[0]) == (2, pytest.approx(60))
+    assert "%" in axes[1].get_ylabel() and "nats" in axes[0].get_ylabel()
+
+
+def test_scores_are_dots_with_their_intervals_and_the_papers_are_open_diamonds():
+    scores = pd.DataFrame([{"model": "camembert_title", "accuracy": 80.0, "accuracy_low": 75.0, "accuracy_high": 85.0},
+                           {"model": "concat-add", "accuracy": 90.0, "accuracy_low": 88.0, "accuracy_high": 92.0}])
+    fig, ax = h.figure(5, 3)
+    h.plot_scores(ax, scores, "accuracy", pd.Series([81.0, np.nan]))
+    interval, dot, interval_2, dot_2, paper = ax.lines
+    assert interval.get_xdata().tolist() == [75, 85] and dot.get_xdata()[0] == 80 and dot.get_color() == "#004D80"
+    assert interval_2.get_xdata().tolist() == [88, 92] and dot_2.get_xdata()[0] == 90
+    assert paper.get_markerfacecolor() == "none" and paper.get_xdata()[0] == 81
+    order = [label.get_text() for _, label in sorted(zip(ax.get_yticks(), ax.get_yticklabels()), key=lambda x: -x[0])]
+    assert order == ["camembert_title", "concat-add"]  # the first row on top

@@ -1,0 +1,209 @@
+"""Fine-tuning: learns, keeps the best epoch, repeats itself, and goes on after a kill where it was."""
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from pandas.testing import assert_frame_equal
+from sklearn.metrics import f1_score
+
+import helpers as h
+from conftest import ROOT, SMALL
+
+CLASSES = 3
+
+
+class Identity(torch.nn.Module):
+    """An encoder that learns one scale: its vectors are its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+        self.modes = set()
+
+    def forward(self, points):
+        self.modes.add(self.training)
+        return points * self.scale
+
+
+def cloud(n: int, seed: int, noise: float) -> h.RowDataset:
+    """Points around three corners, labelled by their corner."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, n)
+    points = torch.tensor(np.eye(4)[labels] * 3 + noise * rng.normal(size=(n, 4)), dtype=torch.float32)
+    return h.RowDataset(lambda i: {"points": points[i]}, labels)
+
+
+def train(folder: Path, seed: int = 0, epochs: int = 4, noise: float = 0.5, lr: float = 0.1):
+    """(the model, its curve, the validation rows) of a small separable problem."""
+    h.set_seed(seed)
+    model, val = h.Classifier(Identity(), 4, CLASSES), cloud(40, 2, noise)
+    curve = h.finetune(model, cloud(64, 1, noise), val, folder, collate=torch.utils.data.default_collate,
+                       epochs=epochs, batch=8, lr=lr, weight_decay=0.01, seed=seed, by_length=False)
+    return model, curve, val
+
+
+def val_scores(model, val) -> tuple[float, float]:
+    """(macro-F1, loss) of the model on the validation rows, without the Trainer."""
+    model.eval()
+    rows = [val[i] for i in range(len(val))]
+    with torch.no_grad():
+        logits = model(points=torch.stack([row["points"] for row in rows]))["logits"]
+    truth = torch.tensor([row["labels"] for row in rows])
+    return f1_score(truth, logits.argmax(-1), average="macro"), torch.nn.functional.cross_entropy(logits, truth).item()
+
+
+def test_loss_falls_and_the_curve_has_one_row_an_epoch(tmp_path):
+    model, curve, _ = train(tmp_path)
+    assert list(curve) == ["epoch", "train_loss", "val_loss", "val_accuracy", "val_macro_f1"]
+    assert curve["epoch"].tolist() == [1, 2, 3, 4]
+    assert curve["train_loss"].iloc[-1] < 0.5 * curve["train_loss"].iloc[0]
+    assert curve["val_loss"].iloc[-1] < curve["val_loss"].iloc[0] and curve["val_macro_f1"].max() > 0.9
+    assert model.encoder.modes == {True, False}  # train mode to learn, eval mode to score
+    assert list(tmp_path.iterdir()) == []  # no checkpoints left
+
+
+def test_model_that_is_left_is_the_best_epochs(tmp_path):
+    model, curve, val = train(tmp_path, noise=2.5, lr=1.5, epochs=6)  # noisy and restless: the last is not the best
+    best = curve.loc[curve["val_macro_f1"].idxmax()]
+    assert best["val_macro_f1"] > curve["val_macro_f1"].iloc[-1]
+    assert val_scores(model, val) == pytest.approx((best["val_macro_f1"], best["val_loss"]), rel=1e-5)
+    assert h.curve_metrics(curve) == {"best_epoch": best["epoch"], "val_accuracy": best["val_accuracy"],
+                                      "val_macro_f1": best["val_macro_f1"]}
+
+
+def test_same_seed_same_numbers_other_seed_others(tmp_path):
+    (first, a, _), (second, b, _), (_, other, _) = (train(tmp_path, seed=seed) for seed in (1, 1, 2))
+    assert_frame_equal(a, b, rtol=1e-6)
+    for name, weight in first.state_dict().items():
+        assert torch.allclose(weight, second.state_dict()[name], rtol=1e-6), name
+    assert not np.allclose(a["train_loss"], other["train_loss"], rtol=1e-3)
+
+
+def test_first_step_is_adamws(tmp_path):
+    """AdamW's first step is lr * sign(gradient), so the rate shows in the weights whatever the loss."""
+    model = h.Classifier(Identity(), 4, CLASSES, dropout=0.0)
+    torch.nn.init.zeros_(model.head.weight)
+    before = model.head.weight.detach().clone()
+    rows = cloud(8, 1, 0.5)
+    h.finetune(model, rows, rows, tmp_path, collate=torch.utils.data.default_collate, epochs=1, batch=8, lr=0.01,
+               weight_decay=0.0, seed=0, by_length=False)
+    assert torch.allclose((model.head.weight - before).abs(), torch.full((CLASSES, 4), 0.01), rtol=1e-3)
+
+
+def test_classifier_gives_logits_and_with_labels_the_cross_entropy():
+    model = h.Classifier(Identity(), 4, CLASSES).eval()
+    points, labels = torch.randn(5, 4), torch.tensor([0, 2, 1, 1, 0])
+    out = model(points=points, labels=labels)
+    by_hand = points @ model.head.weight.T + model.head.bias
+    assert torch.allclose(out["logits"], by_hand, atol=1e-6) and "loss" not in model(points=points)
+    expected = -torch.log_softmax(by_hand, 1)[range(5), labels].mean()
+    assert out["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_encode_freezes_the_encoder():
+    encoder = Identity().train()
+    vectors = list(h.encode(encoder, [{"points": torch.ones(2, 4)}, {"points": torch.zeros(1, 4)}]))
+    assert encoder.modes == {False} and not encoder.training
+    assert [tuple(v.shape) for v in vectors] == [(2, 4), (1, 4)] and not any(v.requires_grad for v in vectors)
+
+
+# --- after a kill -------------------------------------------------------------------------------------
+STAGE = """
+import helpers as h
+run = h.open_run("paper", "90-10", 0, {settings})
+h.text_encoder_stage(run, "camembert", "title")
+"""
+EPOCHS = {**SMALL, "text_epochs": 5, "text_batch": 2}
+
+
+def start_stage() -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", STAGE.replace("{settings}", repr(EPOCHS))], cwd=ROOT,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(found, process: subprocess.Popen, seconds: float = 120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := found():
+            return value
+        if process.poll() is not None:
+            raise AssertionError(f"the stage ended before it was killed: {process.stderr.read()[-2000:]}")
+        time.sleep(0.005)
+    raise AssertionError(f"nothing to kill after {seconds} s")
+
+
+def kill_after_a_checkpoint(run) -> None:
+    """Start the stage in a process of its own and kill it once a checkpoint is whole."""
+    partial = run.folder / "camembert_title.partial" / "checkpoints"
+    process = start_stage()
+    wait_for(lambda: [path for path in partial.glob("checkpoint-*/trainer_state.json") if h.read_json(path)], process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (run.folder / "camembert_title").exists()
+
+
+@pytest.fixture
+def prepared(make_run):
+    """A run whose text is there, for the stage that is going to be killed."""
+    run = make_run(**EPOCHS)
+    h.split_stage(run)
+    h.text_stage(run)
+    return run
+
+
+def features_of(run) -> tuple[torch.Tensor, pd.DataFrame]:
+    folder = h.read_stage(run, "camembert_title")
+    ids = h.read_split(run)["product_id"]
+    return h.load_tensors(folder / "features.safetensors", ids)["features"], pd.read_csv(folder / "curve.csv")
+
+
+def test_killed_stage_goes_on_and_ends_where_an_uninterrupted_one_does(prepared, tmp_path, monkeypatch):
+    kill_after_a_checkpoint(prepared)
+    steps = []
+    on_step_end = h.ProgressCallback.on_step_end
+
+    def count(self, args, state, control, **more):
+        steps.append(state.global_step)
+        on_step_end(self, args, state, control, **more)
+
+    monkeypatch.setattr(h.ProgressCallback, "on_step_end", count)
+    h.text_encoder_stage(prepared, "camembert", "title")
+    resumed, curve = features_of(prepared)
+    assert steps[0] > 22 and steps[-1] == 110  # 44 rows in batches of 2: the first epoch is not done again
+    assert curve["epoch"].tolist() == [1, 2, 3, 4, 5]  # the curve is whole
+    assert not list(prepared.folder.glob("*.partial")) and not list(prepared.folder.rglob("checkpoints"))
+
+    monkeypatch.setenv("STUDY_RUNS", str(tmp_path / "uninterrupted"))
+    h.split_stage(prepared)
+    h.text_stage(prepared)
+    steps.clear()
+    h.text_encoder_stage(prepared, "camembert", "title")
+    whole, whole_curve = features_of(prepared)
+    assert steps[0] == 1
+    assert_frame_equal(curve, whole_curve, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(resumed, whole, atol=1e-5)
+
+
+def test_checkpoint_cut_off_in_mid_write_does_not_stop_the_study(tmp_path, monkeypatch):
+    """The Trainer writes the weights first and trainer_state.json last; a kill between them leaves only the weights."""
+    class Killed(BaseException):
+        pass
+
+    def cut(self, path):
+        if path.endswith("checkpoint-16/trainer_state.json"):
+            raise Killed
+        save(self, path)
+
+    save = h.transformers.TrainerState.save_to_json
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(h.transformers.TrainerState, "save_to_json", cut)
+        train(tmp_path)
+    assert (tmp_path / "checkpoints" / "checkpoint-16").is_dir()
+    _, curve, _ = train(tmp_path)
+    assert curve["epoch"].tolist() == [1, 2, 3, 4]

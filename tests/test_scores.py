@@ -1,0 +1,196 @@
+"""Scores and tables: metrics against hand-worked counts and scikit-learn, intervals, the paper's rows."""
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+import torch
+from sklearn.metrics import classification_report
+
+import helpers as h
+
+# Six rows of three classes: class 0 has 2 of 3 right, class 1 has 1 of 2, class 2 has 1 of 1.
+TRUTH, PREDICTED = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2]
+ROWS_OF_TABLES = {
+    "I": ["CamemBERT description", "CamemBERT title", "FlauBERT description", "FlauBERT title", "SE-ResNeXt-50"],
+    "II": ["text concat + final concat", "text concat + final add", "text concat + final average",
+           "text average + final average"],
+    "III": ["basic (average + average)", "with dropout", "with more layers"],
+    "IV": ["CamemBERT description", "CamemBERT title", "FlauBERT description", "FlauBERT title", "SE-ResNeXt-50"],
+    "V": ["text concat + final add", "text concat + final concat", "text concat + final average",
+          "text average + final average"]}
+SOME_NUMBERS = [("I", 3, 92.31, 90.32), ("I", 4, 59.25, 54.30), ("II", 3, 93.20, 92.67), ("III", 1, 92.49, 90.00),
+                ("IV", 0, 86.40, 83.13), ("V", 0, 91.97, 89.39), ("V", 3, 92.25, 89.94)]
+MODELS = {"CamemBERT description": "camembert_description", "text concat + final add": "concat-add",
+          "SE-ResNeXt-50": "seresnext", "with more layers": "average-average-layers",
+          "basic (average + average)": "average-average"}
+
+
+def random_rows(n: int, classes: int = 7, seed: int = 0, right: float = 0.6):
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, classes, n)
+    return truth, np.where(rng.random(n) < right, truth, rng.integers(0, classes, n))
+
+
+def test_score_as_worked_by_hand():
+    f1 = [2 * 2 / (3 + 2), 2 * 1 / (2 + 2), 2 * 1 / (1 + 2)]  # 2 * hits / (true + predicted)
+    assert h.score(TRUTH, PREDICTED) == pytest.approx({
+        "accuracy": 4 / 6, "macro_f1": sum(f1) / 3, "weighted_f1": (3 * f1[0] + 2 * f1[1] + f1[2]) / 6})
+
+
+def test_score_equals_scikit_learns_report():
+    truth, predicted = random_rows(300)
+    report = classification_report(truth, predicted, output_dict=True)
+    assert h.score(truth, predicted) == pytest.approx({
+        "accuracy": report["accuracy"], "macro_f1": report["macro avg"]["f1-score"],
+        "weighted_f1": report["weighted avg"]["f1-score"]})
+
+
+def test_macro_f1_is_over_the_classes_that_occur_in_the_truth():
+    found = h.score([0, 0, 1, 1], [0, 0, 1, 5])
+    assert found["macro_f1"] == pytest.approx((1 + 2 / 3) / 2)
+    assert found["weighted_f1"] == pytest.approx((2 * 1 + 2 * 2 / 3) / 4)
+
+
+def test_bootstrap_equals_score_on_the_resampled_rows():
+    truth, predicted = random_rows(40, seed=3)
+    rng, draws = np.random.default_rng(5), []
+    for _ in range(60):
+        rows = rng.integers(0, 40, 40)
+        draws.append(list(h.score(truth[rows], predicted[rows]).values()))
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    found = h.bootstrap(truth, predicted, 60, seed=5)
+    assert list(found) == ["accuracy", "macro_f1", "weighted_f1"]
+    assert np.allclose([found[metric][0] for metric in found], low)
+    assert np.allclose([found[metric][1] for metric in found], high)
+
+
+def test_interval_holds_the_score_and_shrinks_with_the_root_of_n():
+    truth, predicted = random_rows(200)
+    few, point = h.bootstrap(truth, predicted, 400), h.score(truth, predicted)
+    many = h.bootstrap(np.tile(truth, 16), np.tile(predicted, 16), 400)
+    for metric, (low, high) in few.items():
+        assert low < point[metric] < high
+        assert (many[metric][1] - many[metric][0]) / (high - low) == pytest.approx(1 / 4, rel=0.25)
+    width, p = few["accuracy"][1] - few["accuracy"][0], point["accuracy"]
+    assert width == pytest.approx(2 * 1.96 * np.sqrt(p * (1 - p) / 200), rel=0.15)  # the binomial half-width
+
+
+def test_bootstrap_repeats_itself_and_depends_on_its_seed():
+    truth, predicted = random_rows(50)
+    assert h.bootstrap(truth, predicted, 30) == h.bootstrap(truth, predicted, 30)
+    assert h.bootstrap(truth, predicted, 30) != h.bootstrap(truth, predicted, 30, seed=1)
+
+
+def test_mcnemar_as_counted_by_hand_and_symmetric():
+    #          both right  only first          only second  both wrong
+    truth = [1] * 12
+    first = [1, 1, 1] + [1, 1, 1, 1, 1, 1] + [0] + [0, 2]
+    second = [1, 1, 1] + [0, 0, 2, 0, 0, 0] + [1] + [2, 2]
+    p = scipy.stats.binomtest(6, 7, 0.5).pvalue
+    assert p == pytest.approx(2 * (7 + 1) / 2 ** 7)  # six or more heads of seven, both sides
+    assert h.mcnemar(truth, first, second) == (6, 1, pytest.approx(p))
+    assert h.mcnemar(truth, second, first) == (1, 6, pytest.approx(p))
+    assert h.mcnemar(truth, first, first) == (0, 0, 1.0)
+
+
+def test_score_row_is_in_percent_with_its_intervals(run):
+    truth, predicted = random_rows(80)
+    row, point = h.score_row("a model", truth, predicted, run), h.score(truth, predicted)
+    interval = h.bootstrap(truth, predicted, run.profile.bootstrap)
+    assert (row["model"], row["n"]) == ("a model", 80)
+    for metric in ("accuracy", "macro_f1", "weighted_f1"):
+        found = (row[f"{metric}_low"], row[metric], row[f"{metric}_high"])
+        assert found == pytest.approx((100 * interval[metric][0], 100 * point[metric], 100 * interval[metric][1]))
+    table = h.score_table([row])
+    assert table["accuracy"][0] == f"{row['accuracy']:.1f} [{row['accuracy_low']:.1f}, {row['accuracy_high']:.1f}]"
+
+
+# --- the paper's tables -------------------------------------------------------------------------------
+@pytest.fixture
+def scores(run):
+    """Our scores of every model, in another order than the paper's."""
+    rows = [h.score_row(model, *random_rows(30, seed=i), run) for i, model in
+            enumerate(sorted(set(h.OUR_MODEL.values()), reverse=True))]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("number", ROWS_OF_TABLES)
+def test_table_has_the_papers_rows_in_its_order_with_our_scores_beside(scores, number):
+    table = h.paper_table(scores, number)
+    assert table["model"].tolist() == ROWS_OF_TABLES[number]
+    for row in table.itertuples():
+        if row.model in MODELS:
+            assert row.accuracy == scores.set_index("model").loc[MODELS[row.model], "accuracy"]
+    assert h.TABLES[number] == ("90-10" if number in ("I", "II", "III") else "80-20")
+    readable = h.readable_table(table)
+    assert readable["model"].tolist() == ROWS_OF_TABLES[number]
+    assert readable["paper: accuracy"].tolist() == [f"{value:.2f}" for value in table["paper_accuracy"]]
+
+
+@pytest.mark.parametrize("number, row, accuracy, macro_f1", SOME_NUMBERS)
+def test_table_quotes_the_paper(scores, number, row, accuracy, macro_f1):
+    found = h.paper_table(scores, number).iloc[row]
+    assert (found["paper_accuracy"], found["paper_macro_f1"]) == (accuracy, macro_f1)
+
+
+def test_unknown_table_is_refused(scores):
+    with pytest.raises(ValueError, match="'VI'"):
+        h.paper_table(scores, "VI")
+
+
+def test_every_published_row_has_a_model_of_ours():
+    published = pd.read_csv(h.PUBLISHED).query("source == 'paper'")
+    assert len(published) == 21 and set(published["model"]) == set(h.OUR_MODEL)
+    known = {*h.ENCODER_MODELS, *(variant.name for variant in h.TABLE_VARIANTS)}
+    assert set(h.OUR_MODEL.values()) == known
+
+
+def test_sample_is_never_called_rakuten(run):
+    assert "synthetic sample" in h.data_note(h.open_run("sample", "90-10", 0))
+    assert "Rakuten" in h.data_note(run) and "described" in h.data_note(run)
+
+
+# --- an encoder alone ---------------------------------------------------------------------------------
+def test_head_probabilities_are_the_softmax_of_the_linear_head(tmp_path):
+    weight, bias = torch.randn(27, 6), torch.randn(27)
+    h.save_file({"weight": weight, "bias": bias}, tmp_path / "head.safetensors")
+    features = torch.randn(10, 6)
+    found = h.head_probabilities(tmp_path, features)
+    powers = np.exp(features.numpy() @ weight.numpy().T + bias.numpy())
+    assert np.allclose(found.numpy(), powers / powers.sum(1, keepdims=True), atol=1e-5)
+    assert torch.allclose(found.sum(1), torch.ones(10), atol=1e-5)
+
+
+# --- the whole chain ----------------------------------------------------------------------------------
+def test_chain_ends_in_the_test_parts_scores(make_run):
+    run = make_run(image_size=32, region_size=32, grid=8, image_batch=16)
+    h.split_stage(run)
+    h.text_stage(run)
+    h.baseline_stage(run)
+    for encoder in h.TEXT_ENCODERS:
+        for field in h.FIELDS:
+            h.text_encoder_stage(run, encoder, field)
+    h.image_encoder_stage(run)
+    for name in ("image_regions", "image_whole"):
+        h.image_features_stage(run, name)
+    for variant in h.TABLE_VARIANTS:
+        h.fusion_stage(run, variant)
+    folder = h.score_stage(run)
+    test = h.read_split(run).query("part == 'test'")
+    predictions = h.load_tensors(folder / "predictions.safetensors", test["product_id"])
+    assert predictions.pop("label_id").tolist() == test["label_id"].tolist()
+    table = pd.read_csv(folder / "scores.csv").set_index("model")
+    assert set(table.index) == set(predictions) and len(table) == 4 + 5 + 6 and set(table["n"]) == {len(test)}
+    for model, probabilities in predictions.items():
+        assert torch.allclose(probabilities.sum(1), torch.ones(len(test)), atol=1e-4)
+        right = (probabilities.argmax(1).numpy() == test["label_id"].to_numpy()).mean()
+        assert table.loc[model, "accuracy"] == pytest.approx(100 * right)
+    assert sorted(path.name for path in folder.glob("table_*")) == ["table_I.csv", "table_II.csv", "table_III.csv"]
+    assert {path.suffix for path in run.folder.rglob("*") if path.is_file()} <= {
+        ".csv", ".json", ".safetensors", ".txt"}  # nothing is pickled
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("manifest.json")}
+    h.score_stage(run)
+    h.image_encoder_stage(run)
+    assert {path: path.stat().st_mtime_ns for path in run.folder.rglob("manifest.json")} == before
+    described = h.describe_stages(run, "splits", "seresnext", "scores")
+    assert described["stage"].tolist() == ["splits", "seresnext", "scores"] and (described["seconds"] >= 0).all()
