@@ -31,7 +31,9 @@ import html
 import importlib.metadata
 import importlib.util
 import inspect
+import io
 import json
+import math
 import os
 import platform
 import resource
@@ -51,11 +53,12 @@ import nltk
 import numpy as np
 import pandas as pd
 import pretrainedmodels
-import sacremoses
 import scipy.stats
 import seaborn as sns
+import sentencepiece
 import torch
 import transformers
+from IPython import get_ipython
 from IPython.display import Markdown, display
 from PIL import Image
 from pretrainedmodels.models.senet import SENet, SEResNeXtBottleneck
@@ -142,7 +145,8 @@ PROFILES = {
     "paper": Profile(name="paper", data="data/raw"),
 }
 CHOICES = {"rows": ("described", "all"), "clean": ("paper", "light"), "pooling": ("first", "mean"),
-           "regions": ("tiles", "feature_map")}
+           "regions": ("tiles", "feature_map"),
+           "seresnext": ("small", *(name for name in pretrainedmodels.model_names if name.startswith("se_res")))}
 
 
 def make_profile(name: str, settings: dict | None = None) -> Profile:
@@ -152,7 +156,7 @@ def make_profile(name: str, settings: dict | None = None) -> Profile:
     Used in every notebook (through `open_run`) and in run.py.
     """
     profile = PROFILES[one_of("profile", name, PROFILES)]
-    types = {field.name: type(getattr(profile, field.name)) for field in dataclasses.fields(Profile)}
+    types = {field.name: type(getattr(profile, field.name)) for field in dataclasses.fields(Profile)[1:]}  # not name
     for key, value in (settings or {}).items():
         one_of("setting", key, types)
         whole = types[key] is float and type(value) is int
@@ -160,8 +164,10 @@ def make_profile(name: str, settings: dict | None = None) -> Profile:
             raise ValueError(f"setting {key} must be {types[key].__name__}, got {value!r}")
         if key in CHOICES:
             one_of(f"setting {key}", value, CHOICES[key])
-        elif types[key] in (int, float) and value < (0 if key in ("dropout",) else 1e-12):
-            raise ValueError(f"setting {key} must be above 0, got {value!r}")
+        if key == "dropout" and not 0 <= value < 1:
+            raise ValueError(f"setting dropout must be from 0 to below 1, got {value!r}")
+        if key != "dropout" and types[key] in (int, float) and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"setting {key} must be above 0 and finite, got {value!r}")
     return dataclasses.replace(profile, **(settings or {}))
 
 
@@ -188,6 +194,15 @@ class Run:
     def name(self) -> str:
         return f"{self.profile.name}, {self.profile.rows} rows, split {self.split}, seed {self.seed}"
 
+    @property
+    def command(self) -> str:
+        """The command line that makes this run."""
+        base = PROFILES[self.profile.name]
+        changed = [f" --set {field.name}={getattr(self.profile, field.name)}" for field in dataclasses.fields(Profile)
+                   if getattr(self.profile, field.name) != getattr(base, field.name)]
+        return (f"python run.py study --profile {self.profile.name} --split {self.split} --seed {self.seed}"
+                + "".join(changed))
+
 
 def open_run(profile: str, split: str, seed: int, settings: dict | None = None) -> Run:
     """The run that a notebook's parameters name; ValueError if one of them is not allowed. Used in 01 to 08."""
@@ -204,7 +219,7 @@ def runs_folder() -> Path:
 
 
 def device() -> torch.device:
-    """The first GPU where there is one, else the CPU."""
+    """The first GPU where there is one, else the CPU. Used in 06."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -219,12 +234,12 @@ def report_event(**event: object) -> None:
 
 
 class Progress:
-    """One line for `total` steps of work: shown in the notebook while it runs, removed when it is done."""
+    """One line for `total` steps of work, in the notebook while it runs and gone when it is done."""
 
     def __init__(self, label: str, total: int, unit: str = "steps", every: float = 0.5):
         self.label, self.total, self.unit, self.every = label, total, unit, every
         self.done, self.start, self.shown = 0, time.perf_counter(), 0.0
-        self.handle = display(Markdown(f"{label} ..."), display_id=True)
+        self.handle = display(Markdown(f"{label} ..."), display_id=True) if get_ipython() else None
 
     def advance(self, steps: int = 1) -> None:
         """Count `steps` as done; the line changes at most every half second."""
@@ -277,7 +292,7 @@ def stage(run: Run, name: str, build: Callable[[Path], dict], reads: Sequence[st
     It matches if the code of `build` and of the helpers it calls, the settings this code reads, the split,
     the seed, and the contents of `reads` (stages) and `inputs` (name -> hash) are the same. `build` writes
     into `<name>.partial`, which stays after a stop, so that a build that can resume finds what it left.
-    Raises DamagedStage for a folder whose files have changed. Used in 01 to 08.
+    Raises DamagedStage for a folder whose files have changed.
     """
     recipe = _recipe(run, name, build, reads, inputs or {})
     key = hash_json(recipe)
@@ -296,19 +311,28 @@ def stage(run: Run, name: str, build: Callable[[Path], dict], reads: Sequence[st
 
 
 def read_stage(run: Run, name: str) -> Path:
-    """The folder of a stage that an earlier notebook made; FileNotFoundError with the command if it did not."""
+    """The folder of a stage that an earlier notebook made, with this run's settings.
+
+    FileNotFoundError if it is not there, ValueError if it was made with others; both name the notebook and the command.
+    Used in 04.
+    """
+    notebook = MADE_IN[name.split("-")[0]]
     if not (run.folder / name / "manifest.json").exists():
-        notebook = MADE_IN[name.split("-")[0]]
-        raise FileNotFoundError(
-            f"stage {name} of this run ({run.name}) is missing: run notebook {notebook} first, or "
-            f"`python run.py study --profile {run.profile.name} --split {run.split} --seed {run.seed} "
-            f"--only {notebook[:2]}`")
-    read_manifest(run, name)
+        raise FileNotFoundError(f"stage {name} of this run ({run.name}) is missing: run notebook {notebook} first, or "
+                                f"`{run.command} --only {notebook[:2]}`")
+    made_with = read_manifest(run, name)["settings"]
+    if other := [key for key, value in made_with.items() if getattr(run.profile, key) != value]:
+        raise ValueError(f"stage {name} was made with {other[0]}={made_with[other[0]]!r}, but this run says "
+                         f"{other[0]}={getattr(run.profile, other[0])!r}: run notebook {notebook} again with the same "
+                         f"settings, or `{run.command}`")
     return run.folder / name
 
 
 def read_manifest(run: Run, name: str) -> dict:
-    """What stage `name` was made from and how it went, after a check of its files (DamagedStage if one changed)."""
+    """What stage `name` was made from and how it went, after a check of its files (DamagedStage if one changed).
+
+    Used in 05 and 08.
+    """
     folder = run.folder / name
     manifest = read_json(folder / "manifest.json")
     files = (manifest or {}).get("files", {"manifest.json": ""})
@@ -415,7 +439,7 @@ def hash_json(value: object) -> str:
 
 
 def read_json(path: Path) -> dict | None:
-    """The file's content; None if it is missing or is not JSON."""
+    """The file's content; None if it is missing or is not JSON. Used in 01."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
@@ -437,7 +461,10 @@ def save_tensors(path: Path, product_ids: Sequence[int], **tensors: np.ndarray |
 
 
 def load_tensors(path: Path, product_ids: Sequence[int]) -> dict[str, Tensor]:
-    """The tensors of `save_tensors`, with their rows in the order of `product_ids`; KeyError names a missing id."""
+    """The tensors of `save_tensors`, with their rows in the order of `product_ids`; KeyError names a missing id.
+
+    Used in 03, 06 and 08.
+    """
     tensors = load_file(path)
     index = pd.Index(tensors.pop("product_id").numpy())
     rows = index.get_indexer(np.asarray(product_ids))
@@ -469,7 +496,7 @@ PUBLISHED = ROOT / "data" / "published_results.csv"
 def load_classes() -> pd.DataFrame:
     """The 27 classes [label_id, prdtypecode, domain, name_fr, name_en, train_rows, rows_with_description].
 
-    Used in 01, 02 and 08.
+    Used in 01, 02, 05 and 08.
     """
     return pd.read_csv(CLASSES)
 
@@ -478,6 +505,7 @@ def catalogue_folder(run: Run) -> Path:
     """Where the run's catalogue lies; makes the sample if it is missing or was written by another generator.
 
     RAKUTEN_DATA replaces `data/raw`. FileNotFoundError says what to do if there is no catalogue.
+    Used in 01, 02 and 05.
     """
     if run.profile.data == PROFILES["sample"].data:
         return _current_sample(ROOT / run.profile.data)
@@ -497,7 +525,7 @@ def _current_sample(folder: Path) -> Path:
 
 
 def find_layout(folder: Path) -> str:
-    """"ENS" or "SIGIR", by the files in `folder`; FileNotFoundError names the files that are missing."""
+    """"ENS" or "SIGIR", by the files in `folder`; FileNotFoundError names the files that are missing. Used in 01."""
     for name, layout in LAYOUTS.items():
         if (folder / layout["x"]).exists() and (folder / layout["y"]).exists():
             return name
@@ -511,10 +539,11 @@ def load_catalogue(folder: Path) -> pd.DataFrame:
 
     Columns: product_id, image_id (int64), title, description (str, "" if missing), prdtypecode, label_id
     (0 to 26, the order of data/rakuten_classes.csv), picture (path). ValueError for a column, code or id that
-    does not fit. Used in 01, 02 and 05.
+    does not fit. Shown in 01. Used in 01, 02 and 05.
     """
     layout = LAYOUTS[find_layout(folder)]
-    read = partial(pd.read_csv, sep=layout["separator"], index_col=0, keep_default_na=False)
+    text = {theirs: str for theirs, ours in layout["columns"].items() if ours in FIELDS}
+    read = partial(pd.read_csv, sep=layout["separator"], index_col=0, keep_default_na=False, dtype=text)
     x, y = read(folder / layout["x"]), read(folder / layout["y"])
     for table, columns, file in ((x, layout["columns"], layout["x"]), (y, [layout["label"]], layout["y"])):
         if missing := [column for column in columns if column not in table]:
@@ -545,15 +574,18 @@ def encode_labels(codes: pd.Series) -> pd.Series:
 
 
 def catalogue_hash(folder: Path) -> str:
-    """sha256 over the tables and the pictures' names and sizes."""
+    """sha256 over the tables, the class table, and the pictures' names and sizes."""
     layout = LAYOUTS[find_layout(folder)]
     sizes = {name: sorted((entry.name, entry.stat().st_size) for entry in os.scandir(folder / name))
              for name in layout["images"] if (folder / name).is_dir()}
-    return hash_json([hash_file(folder / layout["x"]), hash_file(folder / layout["y"]), sizes])
+    return hash_json([*(hash_file(path) for path in (folder / layout["x"], folder / layout["y"], CLASSES)), sizes])
 
 
 def select_rows(products: pd.DataFrame, rows: str) -> pd.DataFrame:
-    """The rows that a protocol keeps: "described" (a description that is not blank; the paper's subset) or "all"."""
+    """The rows that a protocol keeps: "described" (a description that is not blank; the paper's subset) or "all".
+
+    Used in 01.
+    """
     one_of("rows", rows, CHOICES["rows"])
     if rows == "all":
         return products.reset_index(drop=True)
@@ -564,11 +596,12 @@ def select_rows(products: pd.DataFrame, rows: str) -> pd.DataFrame:
 # 5  Splits
 # ======================================================================================================
 def make_split(products: pd.DataFrame, split: str, seed: int) -> pd.DataFrame:
-    """[product_id, label_id, part] with part train, val or test, stratified by class; shown in 01.
+    """[product_id, label_id, part] with part train, val or test, stratified by class.
 
     The test part is 10% or 20% of the rows, the validation part 10% of the others (paper, section V).
-    ValueError if a class has too few rows to be split.
+    ValueError if a class has too few rows to be split. Shown in 01.
     """
+    products = products.sort_values("product_id")  # the file's order decides nothing
     counts = products["label_id"].value_counts()
     if counts.min() < 3:
         raise ValueError(f"class {counts.idxmin()} has {counts.min()} rows; a stratified split needs 3. "
@@ -595,7 +628,7 @@ def split_stage(run: Run) -> Path:
 
 
 def read_split(run: Run) -> pd.DataFrame:
-    """The run's split, [product_id, label_id, part], in order of product id. Used in 02 to 08."""
+    """The run's split, [product_id, label_id, part], in order of product id. Used in 01, 02 and 05 to 08."""
     return pd.read_csv(read_stage(run, "splits") / "split.csv")
 
 
@@ -606,15 +639,16 @@ def strip_html(text: str) -> str:
     """Plain text: entities decoded, each tag a space, runs of white space one space. Shown in 02."""
     text = html.unescape(text)
     if "<" in text:
-        root = LexborHTMLParser(text).root
-        text = root.text(separator=" ") if root else ""
+        page = LexborHTMLParser(text.replace("&", "&amp;"))  # so that the parser decodes nothing a second time
+        page.strip_tags(["script", "style"])
+        text = page.root.text(separator=" ") if page.root else ""
     return " ".join(text.split())
 
 
 def clean_text(text: str, how: str = "paper") -> str:
-    """A title or description as the encoders read it (paper, section IV.A). Shown in 02.
+    """A title or description as the encoders read it (paper, section IV.A).
 
-    "paper": HTML removed, split by NLTK's word tokenizer, lower-case. "light": HTML removed.
+    "paper": HTML removed, split by NLTK's word tokenizer, lower-case. "light": HTML removed. Shown in 02.
     """
     text = strip_html(text)
     if how == "light":
@@ -635,13 +669,13 @@ def text_stage(run: Run) -> Path:
         products[["product_id", *FIELDS]].to_csv(out / "text.csv", index=False)
         return {"rows": len(products)}
 
-    return stage(run, "text", build, reads=["splits"])
+    return stage(run, "text", build, reads=["splits"], inputs={"catalogue": catalogue_hash(folder)})
 
 
 def read_text(run: Run) -> pd.DataFrame:
     """The cleaned text with each row's part and label: [product_id, title, description, label_id, part].
 
-    Used in 02, 03 and 04.
+    Used in 02 to 04.
     """
     text = pd.read_csv(read_stage(run, "text") / "text.csv", keep_default_na=False)
     return text.merge(read_split(run), on="product_id", validate="one_to_one")
@@ -651,7 +685,7 @@ BASELINES = ("majority class", "TF-IDF title", "TF-IDF description", "TF-IDF bot
 
 
 def tfidf_baseline(train: Sequence[str], labels: Sequence[int], texts: Sequence[str]) -> np.ndarray:
-    """Class probabilities [N, 27] of `texts` by TF-IDF (words and pairs) and logistic regression. Used in 02."""
+    """Class probabilities [N, 27] of `texts` by TF-IDF (words and pairs) and logistic regression. Shown in 02."""
     model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2),
                           LogisticRegression(C=10, max_iter=500))
     model.fit(train, labels)
@@ -678,7 +712,7 @@ def baseline_stage(run: Run) -> Path:
 
 
 def baseline_probabilities(run: Run, product_ids: Sequence[int]) -> dict[str, Tensor]:
-    """Class probabilities [N, 27] of each baseline for products of the validation or test part. Used in 02 to 08."""
+    """Class probabilities [N, 27] of each baseline for products of the validation or test part. Used in 02 to 06."""
     found = load_tensors(read_stage(run, "baselines") / "probabilities.safetensors", product_ids)
     return {model: found[model] for model in BASELINES}
 
@@ -690,17 +724,21 @@ METRICS = ("accuracy", "macro_f1", "weighted_f1")
 
 
 def score(truth: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
-    """Accuracy, macro-F1 and weighted-F1 in [0, 1]; macro-F1 over the classes that occur in `truth`."""
+    """Accuracy, macro-F1 and weighted-F1 in [0, 1]; macro-F1 over the classes that occur in `truth`.
+
+    Shown in 02 and 08. Used in 02, 07 and 08.
+    """
     f1 = partial(f1_score, truth, predicted, labels=np.unique(truth), zero_division=0)
     return {"accuracy": float(accuracy_score(truth, predicted)), "macro_f1": float(f1(average="macro")),
             "weighted_f1": float(f1(average="weighted"))}
 
 
 def bootstrap(truth: Sequence[int], predicted: Sequence[int], resamples: int, seed: int = 0) -> dict[str, tuple]:
-    """95% bootstrap interval of each metric: rows are drawn again `resamples` times. Shown in 08.
+    """95% bootstrap interval of each metric: rows are drawn again `resamples` times.
 
     With few rows a resample misses whole classes and macro-F1 comes out too high; the BCa interval corrects such a
     bias. Above 2,000 rows, where its cost grows with their square and the bias is gone, it is the percentile interval.
+    Shown in 08.
     """
     truth, predicted = np.asarray(truth), np.asarray(predicted)
     classes = int(max(truth.max(), predicted.max())) + 1
@@ -726,7 +764,7 @@ def _scores_of_confusion(cells: np.ndarray) -> tuple[float, float, float]:
 
 
 def score_row(model: str, truth: Sequence[int], predicted: Sequence[int], run: Run) -> dict:
-    """A table's row: model, n, each metric in percent and its interval as <metric>_low and _high. Used in 02 to 08."""
+    """A table's row: model, n, each metric in percent and its interval as <metric>_low and _high. Used in 02 to 07."""
     row = {"model": model, "n": len(truth)}
     intervals = bootstrap(truth, predicted, run.profile.bootstrap)
     for metric, value in score(truth, predicted).items():
@@ -743,7 +781,7 @@ def score_table(rows: list[dict]) -> pd.DataFrame:
 
 
 def mcnemar(truth: Sequence[int], first: Sequence[int], second: Sequence[int]) -> tuple[int, int, float]:
-    """Rows that only the first has right, only the second has right, and the exact two-sided p. Used in 08."""
+    """Rows that only the first has right, only the second has right, and the exact two-sided p. Used in 02 to 08."""
     truth, first, second = map(np.asarray, (truth, first, second))
     only_first = int(((first == truth) & (second != truth)).sum())
     only_second = int(((first != truth) & (second == truth)).sum())
@@ -755,9 +793,10 @@ def mcnemar(truth: Sequence[int], first: Sequence[int], second: Sequence[int]) -
 # 8  Fine-tuning
 # ======================================================================================================
 class Classifier(nn.Module):
-    """An encoder, which gives one vector a row, and a linear layer to the classes. Shown in 03 and 05.
+    """An encoder, which gives one vector a row, and a linear layer to the classes.
 
     `encoder(**inputs)` returns [N, width]; `forward` returns the logits [N, classes] and, with labels, the loss.
+    Shown in 03. Used in 03 and 05.
     """
 
     def __init__(self, encoder: nn.Module, width: int, classes: int = 27, dropout: float = 0.1):
@@ -804,11 +843,11 @@ class ProgressCallback(TrainerCallback):
 
 def finetune(model: Classifier, train: RowDataset, val: RowDataset, folder: Path, *, collate: Callable,
              epochs: int, batch: int, lr: float, weight_decay: float, seed: int, by_length: bool) -> pd.DataFrame:
-    """Train `model` in place and leave it at its best epoch by validation macro-F1; shown in 03.
+    """Train `model` in place and leave it at its best epoch by validation macro-F1.
 
     AdamW with linear decay, gradients clipped at 1.0, a checkpoint per epoch in `folder`/checkpoints, from which
     it resumes after a stop. Returns the learning curve, one row an epoch: [epoch, train_loss, val_loss,
-    val_accuracy, val_macro_f1].
+    val_accuracy, val_macro_f1]. Shown in 03.
     """
     cuda = torch.cuda.is_available()
     arguments = TrainingArguments(
@@ -826,9 +865,17 @@ def finetune(model: Classifier, train: RowDataset, val: RowDataset, folder: Path
         callbacks=[ProgressCallback(folder.name.removesuffix(".partial"))])
     trainer.model_accepts_loss_kwargs = False  # forward's **inputs are the encoder's, not the loss's
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=any((folder / "checkpoints").glob("checkpoint-*")))
+    trainer.train(resume_from_checkpoint=drop_torn_checkpoints(folder / "checkpoints"))
     shutil.rmtree(folder / "checkpoints")
     return learning_curve(trainer.state.log_history)
+
+
+def drop_torn_checkpoints(folder: Path) -> bool:
+    """Remove checkpoints that a kill left unfinished (their state is written last); whether a whole one is left."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if read_json(checkpoint / "trainer_state.json") is None:
+            shutil.rmtree(checkpoint)
+    return any(folder.glob("checkpoint-*"))
 
 
 def learning_curve(history: list[dict]) -> pd.DataFrame:
@@ -841,14 +888,17 @@ def learning_curve(history: list[dict]) -> pd.DataFrame:
 
 
 def curve_metrics(curve: pd.DataFrame) -> dict:
-    """The best epoch of a learning curve and its validation scores: what a stage's manifest keeps."""
+    """The best epoch of a learning curve and its validation scores: what a stage's manifest keeps. Used in 05."""
     best = curve.loc[curve["val_macro_f1"].idxmax()]
     return {"best_epoch": int(best["epoch"]), **best[["val_accuracy", "val_macro_f1"]]}
 
 
 @torch.inference_mode()
 def encode(encoder: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Iterator[Tensor]:
-    """The encoder's vectors [N, width] (float32, CPU) of each batch of inputs; frozen: eval mode, no gradient."""
+    """The encoder's vectors [N, width] (float32, CPU) of each batch of inputs; frozen: eval mode, no gradient.
+
+    Used in 05.
+    """
     encoder.eval().to(device())
     for batch in batches:
         yield encoder(**{name: tensor.to(device()) for name, tensor in batch.items()}).float().cpu()
@@ -860,7 +910,7 @@ def encode(encoder: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Iterator
 class TextEncoder(nn.Module):
     """A Hugging Face text model whose output is one vector a text: that of the first token, or the mean.
 
-    T_c, D_c, T_f, D_f of the paper: [N, d], d = 768 for the paper's two checkpoints.
+    T_c, D_c, T_f, D_f of the paper: [N, d], d = 768 for the paper's two checkpoints. Shown in 03.
     """
 
     def __init__(self, model: nn.Module, pooling: str = "first"):
@@ -878,25 +928,45 @@ class TextEncoder(nn.Module):
 def train_tokenizer(encoder: str, texts: Sequence[str], vocabulary: int, folder: Path):
     """A tokenizer of the encoder's own kind, trained on `texts` (the training part) and saved in `folder`.
 
-    CamemBERT: Unigram. FlauBERT: Moses words, then byte-pair encoding. Shown in 03 and 04.
+    CamemBERT: SentencePiece's Unigram, of at most `vocabulary` pieces. FlauBERT: byte-pair encoding of the words
+    that its own rules find. The same texts give the same ids. Used in 02.
     """
-    if encoder == "camembert":
-        tokenizer = CamembertTokenizer().train_new_from_iterator(iter(texts), vocabulary, show_progress=False)
-    else:
-        moses = sacremoses.MosesTokenizer(lang="fr")
-        words = (" ".join(moses.tokenize(text, escape=False)) for text in texts)
-        special = ["<s>", "</s>", "<pad>", "<unk>", *(f"<special{i}>" for i in range(10))]
-        bpe = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
-        bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        bpe.train_from_iterator(words, trainers.BpeTrainer(
-            vocab_size=vocabulary, special_tokens=special, end_of_word_suffix="</w>", show_progress=False))
-        folder.mkdir(parents=True, exist_ok=True)
-        bpe.model.save(str(folder))
-        merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]  # FlauBERT's file has no header
-        (folder / "merges.txt").write_text("".join(f"{line}\n" for line in merges), encoding="utf-8")
-        tokenizer = FlaubertTokenizer(folder / "vocab.json", folder / "merges.txt")
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_unigram(texts, vocabulary) if encoder == "camembert" else train_bpe(texts, vocabulary, folder)
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def train_unigram(texts: Sequence[str], vocabulary: int) -> CamembertTokenizer:
+    """CamemBERT's tokenizer with pieces learnt from `texts`."""
+    special = ("<s>", "<pad>", "</s>", "<unk>", "<mask>", "<s>NOTUSED", "</s>NOTUSED", "<unk>NOTUSED")
+    own = 3  # SentencePiece's own <unk>, <s> and </s>, which come first
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=file, model_type="unigram",
+        vocab_size=vocabulary - len(special) + own, hard_vocab_limit=False, character_coverage=1.0,
+        normalization_rule_name="identity", num_threads=1, minloglevel=2)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=file.getvalue())
+    learnt = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(own, len(pieces))]
+    return CamembertTokenizer(vocab=[(token, 0.0) for token in special] + learnt)
+
+
+def train_bpe(texts: Sequence[str], vocabulary: int, folder: Path) -> FlaubertTokenizer:
+    """FlauBERT's tokenizer with merges learnt from `texts`; writes its vocab.json and merges.txt. Shown in 04."""
+    special = ["<s>", "</s>", "<pad>", "<unk>", *(f"<special{i}>" for i in range(10))]
+    write_json(folder / "vocab.json", {token: i for i, token in enumerate(special)})
+    (folder / "merges.txt").write_text("")
+    rules = FlaubertTokenizer(folder / "vocab.json", folder / "merges.txt")  # for the way it finds words
+    words = [rules.moses_tokenize(rules.moses_pipeline(rules.preprocess_text(text), "fr"), "fr") for text in texts]
+    ends = sorted({word[-1] + "</w>" for text in words for word in text})  # named first, or their ids would vary
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    bpe.train_from_iterator(map(" ".join, words), trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special + ends, end_of_word_suffix="</w>", show_progress=False))
+    bpe.model.save(str(folder))
+    merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]  # FlauBERT's file has no header
+    (folder / "merges.txt").write_text("".join(f"{line}\n" for line in merges), encoding="utf-8")
+    return FlaubertTokenizer(folder / "vocab.json", folder / "merges.txt")
 
 
 def small_text_model(encoder: str, tokenizer, width: int, layers: int, max_length: int) -> nn.Module:
@@ -913,9 +983,11 @@ def small_text_model(encoder: str, tokenizer, width: int, layers: int, max_lengt
 
 
 def load_text_model(run: Run, encoder: str, texts: Sequence[str], folder: Path) -> tuple[nn.Module, object]:
-    """The model and tokenizer that fine-tuning starts from: a checkpoint, or small ones made for `texts`."""
-    profile = run.profile
-    source = {"camembert": profile.camembert, "flaubert": profile.flaubert}[encoder]
+    """The model and tokenizer that fine-tuning starts from: a checkpoint, or small ones made for `texts`.
+
+    Shown in 03. Used in 03 and 04.
+    """
+    profile, source = run.profile, getattr(run.profile, encoder)
     if source != "small":
         return AutoModel.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     tokenizer = train_tokenizer(encoder, texts, profile.vocabulary, folder)
@@ -923,7 +995,7 @@ def load_text_model(run: Run, encoder: str, texts: Sequence[str], folder: Path) 
 
 
 def tokenise(tokenizer, texts: Sequence[str], max_length: int) -> list[dict[str, list[int]]]:
-    """input_ids and attention_mask of each text, cut at `max_length` tokens, not padded."""
+    """input_ids and attention_mask of each text, cut at `max_length` tokens, not padded. Used in 02 to 04."""
     found = tokenizer(list(texts), truncation=True, max_length=max_length)
     return [{"input_ids": ids, "attention_mask": mask} for ids, mask
             in zip(found["input_ids"], found["attention_mask"])]
@@ -945,10 +1017,10 @@ def text_features(encoder: TextEncoder, tokenizer, rows: list[dict], batch: int,
 
 
 def text_encoder_stage(run: Run, encoder: str, field: str) -> Path:
-    """Stage `<encoder>_<field>`: the encoder fine-tuned on one field, and its features. Used in 03 and 04.
+    """Stage `<encoder>_<field>`: the encoder fine-tuned on one field, and its features.
 
     Writes encoder/ (Hugging Face model and tokenizer), head.safetensors (linear layer), features.safetensors
-    (`features` [N, d] by product id, all parts) and curve.csv.
+    (`features` [N, d] by product id, all parts) and curve.csv. Used in 03 and 04.
     """
     name = f"{one_of('encoder', encoder, TEXT_ENCODERS)}_{one_of('field', field, FIELDS)}"
 
@@ -974,11 +1046,11 @@ def text_encoder_stage(run: Run, encoder: str, field: str) -> Path:
         curve.to_csv(out / "curve.csv", index=False)
         return curve_metrics(curve) | {"parameters": sum(p.numel() for p in model.parameters())}
 
-    return stage(run, name, build, reads=["text", "splits"])
+    return stage(run, name, build, reads=["text", "splits"], inputs={"encoder": getattr(run.profile, encoder)})
 
 
 def head_probabilities(folder: Path, features: Tensor) -> Tensor:
-    """Class probabilities [N, 27] that a fine-tuned encoder's own linear head gives its features. Used in 03 to 08."""
+    """Class probabilities [N, 27] that a fine-tuned encoder's own linear head gives its features. Used in 05."""
     head = load_file(folder / "head.safetensors")
     return torch.softmax(nn.functional.linear(features, head["weight"], head["bias"]), -1)
 
@@ -990,7 +1062,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def decode_picture(path: str | Path, size: int) -> np.ndarray:
-    """The picture as uint8 [3, size, size] RGB; ValueError names a file that cannot be read."""
+    """The picture as uint8 [3, size, size] RGB; ValueError names a file that cannot be read. Shown in 05."""
     try:
         with Image.open(path) as picture:
             small = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
@@ -1000,9 +1072,10 @@ def decode_picture(path: str | Path, size: int) -> np.ndarray:
 
 
 def cached_pictures(run: Run, size: int) -> np.ndarray:
-    """uint8 [N, 3, size, size] of the split's products in order of product id, memory-mapped. Used in 05 and 06.
+    """uint8 [N, 3, size, size] of the split's products in order of product id, memory-mapped.
 
     Decoded once into data/cache (150 kB a picture at 224 pixels); the file's name says which pictures it holds.
+    Used in 05 and 06.
     """
     folder = catalogue_folder(run)
     products = load_catalogue(folder).set_index("product_id").loc[np.sort(read_split(run)["product_id"])]
@@ -1013,13 +1086,16 @@ def cached_pictures(run: Run, size: int) -> np.ndarray:
         partial_path = path.with_suffix(f".{os.getpid()}.partial")
         pictures = np.lib.format.open_memmap(partial_path, "w+", np.uint8, (len(products), 3, size, size))
         bar = Progress("decoding", len(products), "pictures")
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
-            for i, picture in enumerate(pool.map(partial(decode_picture, size=size), products["picture"])):
-                pictures[i] = picture
-                bar.advance()
-        bar.close()
-        pictures.flush()
-        partial_path.rename(path)
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
+                decoded = pool.map(partial(decode_picture, size=size), products["picture"])
+                for i, picture in enumerate(bar.track(decoded)):
+                    pictures[i] = picture
+            pictures.flush()
+            partial_path.rename(path)
+        finally:
+            bar.close()
+            partial_path.unlink(missing_ok=True)
     return np.load(path, mmap_mode="r")
 
 
@@ -1031,13 +1107,16 @@ def augmentation(size: int) -> v2.Transform:
 
 
 def normalise(pictures: Tensor) -> Tensor:
-    """uint8 [..., 3, H, W] to float32 with ImageNet's mean and deviation per channel (paper, section IV.A)."""
+    """uint8 [..., 3, H, W] to float32 with ImageNet's mean and deviation per channel (paper, section IV.A).
+
+    Shown in 05. Used in 05 and 06.
+    """
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (pictures.float() / 255 - mean) / std
 
 
 class SmallSENet(SENet):
-    """SE-ResNeXt at a quarter of its width: the blocks of pretrainedmodels, 512 output channels."""
+    """SE-ResNeXt at a quarter of its width: the blocks of pretrainedmodels, 512 output channels. Shown in 05."""
 
     def __init__(self):
         super().__init__(SEResNeXtBottleneck, [1, 1, 1, 1], groups=16, reduction=16, dropout_p=None, inplanes=16,
@@ -1048,10 +1127,14 @@ class SmallSENet(SENet):
 
 
 class ImageEncoder(nn.Module):
-    """SE-ResNeXt without its last layer: the global average of its feature map, [N, 2048] (small one: 512)."""
+    """SE-ResNeXt without its last layer: the global average of its feature map, [N, 2048] (small one: 512).
+
+    Shown in 05. Used in 05 and 06.
+    """
 
     def __init__(self, name: str, weights: str | None = "imagenet"):
         super().__init__()
+        one_of("image encoder", name, CHOICES["seresnext"])
         self.model = SmallSENet() if name == "small" else pretrainedmodels.__dict__[name](pretrained=weights)
         del self.model.last_linear
         self.width = self.model.layer4[-1].bn3.num_features
@@ -1062,9 +1145,9 @@ class ImageEncoder(nn.Module):
 
 
 def image_encoder_stage(run: Run) -> Path:
-    """Stage `seresnext`: the image encoder fine-tuned on whole pictures. Used in 05.
+    """Stage `seresnext`: the image encoder fine-tuned on whole pictures.
 
-    Writes encoder.safetensors, head.safetensors (linear layer) and curve.csv.
+    Writes encoder.safetensors, head.safetensors (linear layer) and curve.csv. Used in 05.
     """
 
     def build(out: Path) -> dict:
@@ -1093,7 +1176,7 @@ def image_encoder_stage(run: Run) -> Path:
 
 
 def load_image_encoder(run: Run) -> ImageEncoder:
-    """The fine-tuned image encoder of stage `seresnext`, in eval mode. Used in 06."""
+    """The fine-tuned image encoder of stage `seresnext`, in eval mode. Used in 05 and 06."""
     encoder = ImageEncoder(run.profile.seresnext, weights=None)
     encoder.load_state_dict(load_file(read_stage(run, "seresnext") / "encoder.safetensors"))
     return encoder.eval()
@@ -1157,7 +1240,8 @@ def image_features_stage(run: Run, name: str) -> Path:
         save_tensors(out / "features.safetensors", np.sort(read_split(run)["product_id"]), features=torch.cat(vectors))
         return {"width": vectors[0].shape[1]}
 
-    return stage(run, name, build, reads=["splits", "seresnext"])
+    return stage(run, name, build, reads=["splits", "seresnext"],
+                 inputs={"pictures": catalogue_hash(catalogue_folder(run))})
 
 
 # ======================================================================================================
@@ -1168,7 +1252,10 @@ HEADS = ("basic", "dropout", "layers")
 
 
 def fuse(how: str, a: Tensor, b: Tensor) -> Tensor:
-    """Z of two representations [N, d]: [N, d] for "add" and "average", [N, 2d] for "concat" (paper, section III.C)."""
+    """Z of two representations [N, d]: [N, d] for "add" and "average", [N, 2d] for "concat" (paper, section III.C).
+
+    Shown in 07.
+    """
     if how == "concat":
         return torch.cat([a, b], dim=-1)
     total = a + b
@@ -1177,7 +1264,7 @@ def fuse(how: str, a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Variant:
-    """One fusion model: Z of both inner levels, Z of the outer level, and the classifier's head."""
+    """One fusion model: Z of both inner levels, Z of the outer level, and the classifier's head. Used in 07."""
     text_fusion: str
     final_fusion: str
     head: str = "basic"
@@ -1197,7 +1284,10 @@ TABLE_VARIANTS = (Variant("concat", "concat"), Variant("concat", "add"), Variant
 
 
 class ImageReduction(nn.Module):
-    """Conv1d with max-pooling that fits P [N, p] to the width of the text vector [N, width] (paper, section III.C)."""
+    """Conv1d with max-pooling that fits P [N, p] to the width of the text vector [N, width] (paper, section III.C).
+
+    Shown in 07.
+    """
 
     def __init__(self, width: int, channels: int = 4):
         super().__init__()
@@ -1211,7 +1301,10 @@ class ImageReduction(nn.Module):
 
 
 def make_head(width: int, classes: int, head: str, dropout: float) -> nn.Sequential:
-    """f of equation (1): three fully connected layers; Table III adds dropout, or dropout and one more layer."""
+    """f of equation (1): three fully connected layers; Table III adds dropout, or dropout and one more layer.
+
+    Shown in 07.
+    """
     one_of("head", head, HEADS)
     first = [nn.Dropout(dropout)] if head == "dropout" else []
     more = [nn.Dropout(dropout), nn.Linear(256, 256), nn.ReLU()] if head == "layers" else []
@@ -1220,10 +1313,10 @@ def make_head(width: int, classes: int, head: str, dropout: float) -> nn.Sequent
 
 
 class HierarchicalFusion(nn.Module):
-    """y = f(Z(P, Z(Z(T_f, D_f), Z(T_c, D_c)))), equation (1). Shown in 07.
+    """y = f(Z(P, Z(Z(T_f, D_f), Z(T_c, D_c)))), equation (1).
 
     `widths` gives the width of each of T_c, D_c, T_f, D_f and P. `forward` takes them as [N, width] tensors and
-    returns logits [N, classes]. Text representations of different widths need `project`.
+    returns logits [N, classes]. Text representations of different widths need `project`. Shown in 07.
     """
 
     def __init__(self, widths: dict[str, int], variant: Variant, classes: int = 27, dropout: float = 0.3,
@@ -1263,7 +1356,7 @@ class HierarchicalFusion(nn.Module):
 
 
 def read_representations(run: Run, product_ids: Sequence[int]) -> dict[str, Tensor]:
-    """T_c, D_c, T_f, D_f and P of the products, in their order. Used in 07 and 08."""
+    """T_c, D_c, T_f, D_f and P of the products, in their order. Used in 07."""
     return {symbol: load_tensors(read_stage(run, name) / "features.safetensors", product_ids)["features"]
             for symbol, name in REPRESENTATIONS.items()}
 
@@ -1306,12 +1399,12 @@ def train_fusion(model: HierarchicalFusion, train: tuple, val: tuple, *, epochs:
 
 @torch.inference_mode()
 def predict_fusion(model: HierarchicalFusion, representations: dict[str, Tensor]) -> Tensor:
-    """Logits [N, 27], in eval mode."""
+    """Logits [N, 27], in eval mode. Used in 07."""
     return model.eval()(**representations)
 
 
 def make_fusion(run: Run, variant: Variant, representations: dict[str, Tensor]) -> HierarchicalFusion:
-    """An untrained fusion model for representations of these widths."""
+    """An untrained fusion model for representations of these widths. Used in 07."""
     widths = {name: rows.shape[1] for name, rows in representations.items()}
     return HierarchicalFusion(widths, variant, dropout=run.profile.dropout, project=run.profile.project)
 
@@ -1330,7 +1423,7 @@ def fusion_stage(run: Run, variant: Variant) -> Path:
                            torch.tensor(rows["label_id"].to_numpy()).to(device()))
         set_seed(run.seed)
         model = make_fusion(run, variant, parts["train"][0]).to(device())
-        if variant.standardise:
+        if variant.standardise and profile.standardise:
             model.fit_scale(parts["train"][0])
         curve = train_fusion(model, parts["train"], parts["val"], epochs=profile.fusion_epochs,
                              batch=profile.fusion_batch, lr=profile.fusion_lr, seed=run.seed, label=variant.name)
@@ -1342,7 +1435,7 @@ def fusion_stage(run: Run, variant: Variant) -> Path:
 
 
 def fusion_probabilities(run: Run, variant: Variant, representations: dict[str, Tensor]) -> Tensor:
-    """Class probabilities [N, 27] of a trained variant for these rows. Used in 07 and 08."""
+    """Class probabilities [N, 27] of a trained variant for these rows. Used in 07."""
     model = make_fusion(run, variant, representations)
     model.load_state_dict(load_file(read_stage(run, f"fusion-{variant.name}") / "model.safetensors"))
     return torch.softmax(predict_fusion(model, representations), -1)
@@ -1364,7 +1457,7 @@ ENCODER_MODELS = ("camembert_title", "camembert_description", "flaubert_title", 
 
 
 def encoder_probabilities(run: Run, model: str, product_ids: Sequence[int]) -> Tensor:
-    """Class probabilities [N, 27] of one fine-tuned encoder alone, by its own head. Used in 03 to 08."""
+    """Class probabilities [N, 27] of one fine-tuned encoder alone, by its own head. Used in 03, 04 and 06."""
     features = read_stage(run, "image_whole" if model == "seresnext" else model) / "features.safetensors"
     return head_probabilities(read_stage(run, model), load_tensors(features, product_ids)["features"])
 
@@ -1372,7 +1465,7 @@ def encoder_probabilities(run: Run, model: str, product_ids: Sequence[int]) -> T
 def all_probabilities(run: Run, part: str) -> tuple[np.ndarray, dict[str, Tensor]]:
     """(true labels [N], {model: probabilities [N, 27]}) of baselines, encoders and fusion variants on one part.
 
-    Rows in order of product id. Used in 07 (val) and, for the test part, in 08 alone.
+    Rows in order of product id. Shown in 08. Used in 07 and 08.
     """
     rows = read_split(run).query("part == @part")
     ids = rows["product_id"].to_numpy()
@@ -1384,7 +1477,7 @@ def all_probabilities(run: Run, part: str) -> tuple[np.ndarray, dict[str, Tensor
 
 
 def score_stage(run: Run) -> Path:
-    """Stage `scores`: the test part's predictions.safetensors, scores.csv and table_<number>.csv. Used in 08 alone."""
+    """Stage `scores`: the test part's predictions.safetensors, scores.csv and table_<number>.csv. Shown in 08."""
 
     def build(out: Path) -> dict:
         truth, found = all_probabilities(run, "test")
@@ -1399,7 +1492,7 @@ def score_stage(run: Run) -> Path:
 
     reads = ["splits", "baselines", *ENCODER_MODELS, "image_whole", "image_regions",
              *(f"fusion-{variant.name}" for variant in TABLE_VARIANTS)]
-    return stage(run, "scores", build, reads=reads)
+    return stage(run, "scores", build, reads=reads, inputs={"published": hash_file(PUBLISHED)})
 
 
 def paper_table(scores: pd.DataFrame, number: str) -> pd.DataFrame:
@@ -1458,7 +1551,7 @@ def save_figure(run: Run, fig, name: str, data: pd.DataFrame) -> None:
 
 
 def source_colour(model: str) -> str:
-    """The colour of a model's source: an encoder, or fusion, by its name."""
+    """The colour of a model's source: an encoder, or fusion, by its name. Used in 08."""
     for word, colour in (("camembert", "camembert"), ("flaubert", "flaubert"), ("resnext", "image"),
                          ("majority", "paper"), ("tf-idf", "paper")):
         if word in model.lower():
@@ -1467,7 +1560,7 @@ def source_colour(model: str) -> str:
 
 
 def plot_learning_curve(axes: Sequence, curve: pd.DataFrame, label: str, colour: str, marker: str = "o") -> None:
-    """Losses on the first axes, validation macro-F1 with its best epoch on the second. Used in 03, 04, 05 and 07."""
+    """Losses on the first axes, validation macro-F1 with its best epoch on the second. Used in 03 to 05 and 07."""
     loss, f1 = axes
     dash = "--" if marker == "s" else "-"
     loss.plot(curve["epoch"], curve["train_loss"], color=colour, ls=dash, alpha=0.4, label=f"{label}, train")
@@ -1481,9 +1574,9 @@ def plot_learning_curve(axes: Sequence, curve: pd.DataFrame, label: str, colour:
 
 def plot_confusion(ax, truth: Sequence[int], predicted: Sequence[int], names: Sequence[str],
                    place: pd.Series) -> pd.DataFrame:
-    """Shares of each true class (rows sum to 1) as a one-hue map from 0 to 1; returns them. Used in 08.
+    """Shares of each true class (rows sum to 1) as a one-hue map from 0 to 1; returns them.
 
-    `place` maps a label id to its row and column, `names` are the classes in that order.
+    `place` maps a label id to its row and column, `names` are the classes in that order. Used in 08.
     """
     cells = np.zeros((len(names), len(names)))
     np.add.at(cells, (place[truth].to_numpy(), place[predicted].to_numpy()), 1)
@@ -1496,9 +1589,10 @@ def plot_confusion(ax, truth: Sequence[int], predicted: Sequence[int], names: Se
 
 
 def plot_scores(ax, scores: pd.DataFrame, metric: str, published: pd.Series | None = None) -> None:
-    """Dots with 95% intervals, ours filled; the paper's figures as open grey diamonds. Used in 08.
+    """Dots with 95% intervals, ours filled; the paper's figures as open grey diamonds.
 
     `scores` holds rows of `score_row`; `published` is in percent, indexed like `scores`, NaN where there is none.
+    Used in 06 to 08.
     """
     places = np.arange(len(scores))[::-1]
     for place, (_, row) in zip(places, scores.iterrows()):
@@ -1526,12 +1620,12 @@ def caption(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """A sentence of the running text whose numbers come from results. Used in 01 to 08."""
+    """A sentence of the running text whose numbers come from results. Used in 01 to 03 and 05 to 08."""
     display(Markdown(text))
 
 
 def describe_stages(run: Run, *names: str) -> pd.DataFrame:
-    """What the manifests of these stages say: seconds, peak memory, metrics. Used in 03 to 08."""
+    """What the manifests of these stages say: seconds, peak memory, metrics. Used in 03 to 07."""
     manifests = [read_manifest(run, name) for name in names]
     return pd.DataFrame([{"stage": m["stage"], "seconds": m["seconds"], "peak memory (GB)": m["peak_memory_gb"],
                           **{key: round(value, 4) for key, value in m["metrics"].items()}} for m in manifests])

@@ -268,6 +268,8 @@ def publish():
                          "language_info": {"name": "python"}}
         for cell in book.cells:
             cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+            if cell.cell_type == "code":  # a finished progress line is an empty output
+                cell.outputs = [output for output in cell.outputs if output.get("data", {}).get("text/markdown") != ""]
         nbformat.write(book, step.source)
     shutil.rmtree(h.ROOT / "figures", ignore_errors=True)
     shutil.copytree(plan[0].run.folder / "figures", h.ROOT / "figures")

@@ -167,7 +167,7 @@ def test_a_damaged_stage_stops_the_chain_with_the_cell_and_the_remedy(studied, p
 @pytest.mark.parametrize("words, said", [
     (["--set", "text_epoch=3"], "unknown setting 'text_epoch'"),
     (["--set", "text_epochs=many"], "setting text_epochs must be int, got 'many'"),
-    (["--set", "text_epochs=-1"], "setting text_epochs must be above 0, got -1"),
+    (["--set", "text_epochs=-1"], "setting text_epochs must be above 0 and finite, got -1"),
     (["--set", "rows"], "--set wants name=value, got 'rows'"),
     (["--split", "70-30"], "unknown split '70-30'"),
     (["--profile", "tiny"], "unknown profile 'tiny'"),

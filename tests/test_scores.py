@@ -51,17 +51,27 @@ def test_macro_f1_is_over_the_classes_that_occur_in_the_truth():
     assert found["weighted_f1"] == pytest.approx((2 * 1 + 2 * 2 / 3) / 4)
 
 
-def test_bootstrap_equals_score_on_the_resampled_rows():
+def test_scores_of_a_confusion_equal_score_on_resampled_rows():
     truth, predicted = random_rows(40, seed=3)
-    rng, draws = np.random.default_rng(5), []
-    for _ in range(60):
-        rows = rng.integers(0, 40, 40)
-        draws.append(list(h.score(truth[rows], predicted[rows]).values()))
-    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
-    found = h.bootstrap(truth, predicted, 60, seed=5)
+    for seed in range(30):
+        rows = np.random.default_rng(seed).integers(0, 12, 40)  # some classes are missing
+        cells = np.zeros((7, 7), int)
+        np.add.at(cells, (truth[rows], predicted[rows]), 1)
+        assert h._scores_of_confusion(cells) == pytest.approx(tuple(h.score(truth[rows], predicted[rows]).values()))
+
+
+def test_bootstrap_equals_scipys_with_score_as_the_statistic():
+    truth, predicted = random_rows(40, seed=3)
+    low, high = scipy.stats.bootstrap(
+        (truth, predicted), lambda a, b: np.array(list(h.score(a, b).values())), paired=True, vectorized=False,
+        n_resamples=80, rng=5, method="BCa").confidence_interval
+    found = h.bootstrap(truth, predicted, 80, seed=5)
     assert list(found) == ["accuracy", "macro_f1", "weighted_f1"]
-    assert np.allclose([found[metric][0] for metric in found], low)
-    assert np.allclose([found[metric][1] for metric in found], high)
+    assert np.allclose(list(found.values()), np.transpose([low, high]))
+
+
+def test_interval_of_a_perfect_prediction_is_a_point():
+    assert set(h.bootstrap([0, 1, 2] * 5, [0, 1, 2] * 5, 20).values()) == {(1.0, 1.0)}
 
 
 def test_interval_holds_the_score_and_shrinks_with_the_root_of_n():

@@ -188,7 +188,7 @@ def test_finished_stage_is_reported_to_the_plan(run, tmp_path, monkeypatch):
     monkeypatch.setenv("STUDY_EVENTS", str(tmp_path / "events"))
     h.stage(run, "text", write_one(run, []))
     event = h.json.loads((tmp_path / "events").read_text())
-    assert event == {"stage": "text", "key": h.read_manifest(run, "text")["key"]}
+    assert event == {"stage": str(run.folder.relative_to(h.runs_folder()) / "text"), "key": h.read_manifest(run, "text")["key"]}
 
 
 # --- the study's own stages ---------------------------------------------------------------------------
@@ -219,14 +219,16 @@ def test_every_stage_has_a_notebook_that_makes_it(recipes):
 
 def test_stages_depend_on_the_settings_that_decide_them(recipes):
     text = {"max_length", "pooling", "text_epochs", "text_batch", "text_lr", "text_width", "text_layers", "vocabulary"}
-    needed = {"splits": {"rows"}, "text": {"clean"}, "camembert_title": text | {"camembert"},
-              "flaubert_description": text | {"flaubert"},
+    needed = {"splits": {"rows"}, "text": {"clean"}, "camembert_title": text,
+              "flaubert_description": text,
               "seresnext": {"seresnext", "image_size", "image_epochs", "image_batch", "image_lr"},
               "image_regions": {"seresnext", "regions", "region_size", "grid"}, "image_whole": {"image_size"},
               "fusion-concat-add": {"fusion_epochs", "fusion_batch", "fusion_lr", "dropout", "project"},
               "scores": {"bootstrap"}}
     for name, settings in needed.items():
         assert settings <= recipes[name][0], name
+    for name in ("camembert_title", "flaubert_description"):  # the checkpoint of this encoder, not of the other
+        assert "encoder" in recipes[name][1] and not recipes[name][0] & {"camembert", "flaubert"}
 
 
 def test_stages_do_not_depend_on_other_encoders_settings(recipes):
