@@ -140,8 +140,8 @@ class Profile:
 PROFILES = {
     "sample": Profile(
         name="sample", data="data/sample", camembert="small", flaubert="small", seresnext="small",
-        text_width=64, text_layers=2, vocabulary=2000, max_length=128, text_lr=1e-3, image_size=96,
-        image_lr=3e-3),
+        text_width=64, text_layers=2, vocabulary=2000, max_length=96, text_lr=1e-3, image_size=80,
+        image_epochs=12, image_lr=3e-3, bootstrap=1000),
     "paper": Profile(name="paper", data="data/raw"),
 }
 CHOICES = {"rows": ("described", "all"), "clean": ("paper", "light"), "pooling": ("first", "mean"),
@@ -970,16 +970,20 @@ def train_bpe(texts: Sequence[str], vocabulary: int, folder: Path) -> FlaubertTo
 
 
 def small_text_model(encoder: str, tokenizer, width: int, layers: int, max_length: int) -> nn.Module:
-    """A CamembertModel or FlaubertModel of `layers` layers and random weights, for the tokenizer's vocabulary."""
+    """A CamembertModel or FlaubertModel of `layers` layers and random weights, for the tokenizer's vocabulary.
+
+    No dropout of attention weights: it would take a third of the training time on a CPU.
+    """
+    special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
+               "eos_token_id": tokenizer.eos_token_id}
     if encoder == "camembert":
         return CamembertModel(CamembertConfig(
             vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers, num_attention_heads=4,
-            intermediate_size=4 * width, max_position_embeddings=max_length + 2, pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id), add_pooling_layer=False)
+            intermediate_size=4 * width, max_position_embeddings=max_length + 2, attention_probs_dropout_prob=0.0,
+            **special), add_pooling_layer=False)
     return FlaubertModel(FlaubertConfig(
         vocab_size=len(tokenizer), emb_dim=width, n_layers=layers, n_heads=4, max_position_embeddings=max_length,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        unk_index=tokenizer.unk_token_id))
+        attention_dropout=0.0, unk_index=tokenizer.unk_token_id, **special))
 
 
 def load_text_model(run: Run, encoder: str, texts: Sequence[str], folder: Path) -> tuple[nn.Module, object]:
@@ -1101,9 +1105,11 @@ def cached_pictures(run: Run, size: int) -> np.ndarray:
 
 def augmentation(size: int) -> v2.Transform:
     """Random rotation, flip and crop of training pictures (paper, section IV.A); uint8 to uint8. Shown in 05."""
-    return v2.Compose([v2.RandomRotation(15, interpolation=v2.InterpolationMode.BILINEAR),
+    return v2.Compose([v2.ToPILImage(),  # Pillow rotates several times as fast as tensors do on a CPU
+                       v2.RandomRotation(15, interpolation=v2.InterpolationMode.BILINEAR),
                        v2.RandomHorizontalFlip(),
-                       v2.RandomResizedCrop(size, scale=(0.8, 1.0), antialias=True)])
+                       v2.RandomResizedCrop(size, scale=(0.8, 1.0)),
+                       v2.PILToTensor()])
 
 
 def normalise(pictures: Tensor) -> Tensor:
@@ -1119,7 +1125,7 @@ class SmallSENet(SENet):
     """SE-ResNeXt at a quarter of its width: the blocks of pretrainedmodels, 512 output channels. Shown in 05."""
 
     def __init__(self):
-        super().__init__(SEResNeXtBottleneck, [1, 1, 1, 1], groups=16, reduction=16, dropout_p=None, inplanes=16,
+        super().__init__(SEResNeXtBottleneck, [1, 1, 1, 1], groups=8, reduction=16, dropout_p=None, inplanes=16,
                          input_3x3=False, downsample_kernel_size=1, downsample_padding=0)
 
     def _make_layer(self, block, planes, *args, **kwargs):

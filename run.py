@@ -27,6 +27,7 @@ import nbformat
 import pandas as pd
 import papermill
 import psutil
+import rich.box
 import typer
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
@@ -44,6 +45,8 @@ DEFAULTS = {"PROFILE": "sample", "SPLIT": "90-10", "SEED": 0, "SETTINGS": {}}  #
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__,
                   rich_markup_mode=None)
 console = Console()
+if not console.is_terminal:
+    console.width = 150  # a log has no width of its own
 problems = Console(stderr=True)
 
 
@@ -293,7 +296,7 @@ def print_tables(plan: list[Step]) -> None:
         if table is None:
             console.print(f"{title}: {UNSCORED}", highlight=False)
             continue
-        shown = Table(title=f"{title}. {note}", title_justify="left")
+        shown = Table(title=f"{title}. {note}", title_justify="left", box=rich.box.SIMPLE)
         for column in (readable := h.readable_table(table)):
             shown.add_column(column, justify="left" if column == "model" else "right")
         for row in readable.itertuples(index=False):
@@ -302,8 +305,8 @@ def print_tables(plan: list[Step]) -> None:
 
 
 REPORT = jinja2.Template("""<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title><style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: .5rem 0 2rem } th, td { padding: .2rem .8rem; text-align: right }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: .5rem 0 2rem } th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } thead { border-bottom: 2px solid #222 }
 tbody tr { border-bottom: 1px solid #ddd } img { max-width: 100% } figure { margin: 2rem 0 } figcaption { color: #666 }
 </style><h1>{{ title }}</h1><p>{{ note }}</p>

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the network
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny: more threads only wait for each other
 
 import numpy as np
 import pandas as pd
@@ -15,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import helpers as h
+
+h.torch.set_num_threads(1)  # tensors are tiny: more threads only wait for each other
 
 # Twelve invented titles and some description sentences of five classes; the first description is missing.
 PRODUCTS = {

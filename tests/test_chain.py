@@ -46,7 +46,8 @@ def place(tmp_path_factory):
 
 
 def command(place: Path, *words: str) -> tuple[list[str], dict]:
-    environment = {**os.environ, "STUDY_RUNS": str(place / "runs"), "PYTHONPATH": str(place / "spy"),
+    ours = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}  # the chain may not need it
+    environment = {**ours, "STUDY_RUNS": str(place / "runs"), "PYTHONPATH": str(place / "spy"),
                    "STUDY_TEST_CONNECTIONS": str(place / "connections"), "COLUMNS": "200"}
     return [sys.executable, str(h.ROOT / "run.py"), *words], environment
 

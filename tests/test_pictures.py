@@ -71,7 +71,7 @@ def test_augmentation_keeps_shape_and_type_and_follows_torchs_seed():
 
 
 def test_augmentation_rotates_flips_and_crops_by_what_the_study_says():
-    rotate, flip, crop = h.augmentation(64).transforms
+    _, rotate, flip, crop, _ = h.augmentation(64).transforms  # between them: to Pillow and back
     assert rotate.degrees == [-15, 15] and flip.p == 0.5 and crop.scale == (0.8, 1.0) and crop.size == (64, 64)
     picture = torch.zeros(3, 64, 64, dtype=torch.uint8)
     picture[:, :, :32] = 255
