@@ -306,7 +306,8 @@ def print_tables(plan: list[Step]) -> None:
 
 REPORT = jinja2.Template("""<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: .5rem 0 2rem } th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap }
+table { border-collapse: collapse; margin: .5rem 0 2rem }
+th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } thead { border-bottom: 2px solid #222 }
 tbody tr { border-bottom: 1px solid #ddd } img { max-width: 100% } figure { margin: 2rem 0 } figcaption { color: #666 }
 </style><h1>{{ title }}</h1><p>{{ note }}</p>

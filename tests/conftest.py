@@ -37,7 +37,8 @@ PRODUCTS = {
            ["Pour piscine hors sol ou enterrée.", "Débit de filtration élevé, raccord 38 mm.", "Garantie 2 ans."]),
     40: (["Rallye Vosges 4 - PC", "Chevaliers de l'Aube PS2", "Mystère au manoir, jeu vidéo",
           "Astro Moto Turbo", "Pixel Golf deluxe", "Les Bâtisseurs du Nil", "Ligue Foot 98 Mega",
-          "Dragons & Donjonnets", "Sous-marin Abysse", "Karting des neiges", "Zombies à Paris", "Simulateur de tracteur"],
+          "Dragons & Donjonnets", "Sous-marin Abysse", "Karting des neiges", "Zombies à Paris",
+          "Simulateur de tracteur"],
          ["Jeu complet avec notice.", "Version européenne, boîte d'origine.", "Fonctionne sur console française."]),
     1560: (["Table basse en chêne", "Étagère murale 5 niveaux", "Chaise scandinave x4", "Bureau d'angle Milo",
             "Commode 3 tiroirs", "Tabouret de bar noir", "Buffet en pin massif", "Lit gigogne 90 x 190",
@@ -46,7 +47,8 @@ PRODUCTS = {
 }
 # (place in the catalogue, column, text): what real texts hold and a table format must carry.
 ODD_TEXTS = [
-    (5, "title", 'Le "Grand" Livre, tome 1'), (17, "description", "<p>Jouet &agrave; tirer<br />bois &amp; m&eacute;tal</p>"),
+    (5, "title", 'Le "Grand" Livre, tome 1'),
+    (17, "description", "<p>Jouet &agrave; tirer<br />bois &amp; m&eacute;tal</p>"),
     (18, "description", "Âge\tconseillé :\t3 ans"), (29, "description", "d < 5 cm, h > 2 cm"),
     (30, "description", "Filtre ; sable, \"20 kg\""), (41, "description", "&lt;b&gt;Jeu&lt;/b&gt;&nbsp;rare"),
     (42, "description", "ligne 1\nligne 2"), (53, "title", "NA"), (54, "description", "null")]

@@ -38,7 +38,8 @@ def test_unknown_setting_is_named_with_all_settings():
 
 
 @pytest.mark.parametrize("name, value, kind", [
-    ("text_epochs", True, "int"), ("text_epochs", 2.0, "int"), ("text_epochs", "2", "int"), ("text_lr", "1e-3", "float"),
+    ("text_epochs", True, "int"), ("text_epochs", 2.0, "int"), ("text_epochs", "2", "int"),
+    ("text_lr", "1e-3", "float"),
     ("text_lr", False, "float"), ("project", 1, "bool"), ("clean", 3, "str"), ("max_length", None, "int")])
 def test_ill_typed_value_is_named_with_the_type(name, value, kind):
     message = refused("sample", "90-10", 0, **{name: value})
@@ -88,7 +89,8 @@ def test_settings_replace_only_what_they_name():
 
 def test_paper_profile_is_the_papers_size():
     paper = h.make_profile("paper")
-    assert (paper.text_width, paper.max_length, paper.text_batch, paper.text_epochs, paper.text_lr) == (768, 256, 32, 10, 2e-5)
+    assert (paper.text_width, paper.max_length, paper.text_batch) == (768, 256, 32)
+    assert (paper.text_epochs, paper.text_lr) == (10, 2e-5)
     assert (paper.image_size, paper.region_size, paper.grid) == (224, 224, 16)
     assert (paper.image_epochs, paper.image_batch, paper.image_lr) == (20, 32, 1e-3)
 
