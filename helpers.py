@@ -109,10 +109,14 @@ class Profile:
     name: str
     data: str                     # folder of the catalogue, from the project's root
     rows: str = "described"       # "described": rows that have a description (the paper's subset) | "all"
+    grouped: bool = False         # exact and near duplicates stay on one side of the split
+    limit: int = 0                # rows, a stratified choice; 0: all
     clean: str = "paper"          # "paper": HTML, tokens, lower case | "light": HTML only
     camembert: str = "almanach/camembert-base"       # checkpoint name or folder, "small": from scratch
     flaubert: str = "flaubert/flaubert_base_cased"   # likewise
-    seresnext: str = "se_resnext50_32x4d"            # name in pretrainedmodels, "small": from scratch
+    seresnext: str = "se_resnext50_32x4d"            # pretrainedmodels' name, torchvision/<name>, timm/<name>, "small"
+    image_weights: str = "imagenet"                  # "imagenet" | a weight file | "none"; "small" has none
+    freeze_encoders: bool = False # True: no fine-tuning, the checkpoints' features as they are
     text_width: int = 768         # d, for "small" encoders; a checkpoint brings its own
     text_layers: int = 12         # for "small" encoders
     vocabulary: int = 32_000      # tokens, for "small" encoders
@@ -121,6 +125,7 @@ class Profile:
     text_epochs: int = 10         # paper, section IV.B
     text_batch: int = 32          # rows; paper, section IV.B
     text_lr: float = 2e-5         # AdamW; paper, section IV.B
+    text_dropout: float = 0.1     # before the linear head; the paper is silent
     image_size: int = 224         # pixels a side of a whole picture (paper, section III.B)
     region_size: int = 224        # pixels a side of the picture that is cut into regions (paper, section III.B)
     image_epochs: int = 20        # paper, section IV.B
@@ -135,6 +140,15 @@ class Profile:
     fusion_batch: int = 128       # rows
     fusion_lr: float = 1e-3       # Adam
     bootstrap: int = 2000         # resamples behind each 95% interval
+    early_stopping: int = 0       # epochs without a better validation macro-F1 before fine-tuning stops; 0: never
+    precision: str = "auto"       # of the encoders; "auto": "bf16" or "fp16" on a GPU, "float32" on a CPU
+    compile: str = "off"          # backend of torch.compile, such as "inductor"
+    device_batch: int = 0         # rows on one device at a time; 0: all; halved when memory runs out
+    gradient_checkpointing: bool = False  # less memory, a third more time
+    checkpoint_steps: int = 500   # steps between two checkpoints within an epoch; 0: at its end alone
+    processes: int = 0            # processes that make one stage together; 0: one for each GPU, without one 1
+    loader_workers: int = -1      # processes that load pictures; -1: none on a CPU, up to 8 for a GPU
+    cache_pictures: bool = True   # decoded pictures are kept in data/cache; False: decoded each time
 
 
 PROFILES = {
@@ -145,8 +159,13 @@ PROFILES = {
     "paper": Profile(name="paper", data="data/raw"),
 }
 CHOICES = {"rows": ("described", "all"), "clean": ("paper", "light"), "pooling": ("first", "mean"),
-           "regions": ("tiles", "feature_map"),
-           "seresnext": ("small", *(name for name in pretrainedmodels.model_names if name.startswith("se_res")))}
+           "regions": ("tiles", "feature_map"), "precision": ("auto", "float32", "bf16", "fp16"),
+           "compile": ("off", "eager", "aot_eager", "inductor", "cudagraphs")}
+SHARES = ("dropout", "text_dropout")  # from 0 to below 1
+LOWEST = {"limit": 0, "early_stopping": 0, "device_batch": 0, "checkpoint_steps": 0, "processes": 0,
+          "loader_workers": -1}  # other numbers are above 0
+# Settings that decide how fast a stage is made and in how much memory, and nothing of what it contains.
+SPEED_ONLY = ("gradient_checkpointing", "checkpoint_steps", "processes", "loader_workers", "cache_pictures")
 
 
 def make_profile(name: str, settings: dict | None = None) -> Profile:
@@ -164,9 +183,11 @@ def make_profile(name: str, settings: dict | None = None) -> Profile:
             raise ValueError(f"setting {key} must be {types[key].__name__}, got {value!r}")
         if key in CHOICES:
             one_of(f"setting {key}", value, CHOICES[key])
-        if key == "dropout" and not 0 <= value < 1:
-            raise ValueError(f"setting dropout must be from 0 to below 1, got {value!r}")
-        if key != "dropout" and types[key] in (int, float) and not (math.isfinite(value) and value > 0):
+        if key in SHARES and not 0 <= value < 1:
+            raise ValueError(f"setting {key} must be from 0 to below 1, got {value!r}")
+        if key in LOWEST and value < LOWEST[key]:
+            raise ValueError(f"setting {key} must be {LOWEST[key]} or more, got {value!r}")
+        if key not in (*SHARES, *LOWEST) and types[key] in (int, float) and not (math.isfinite(value) and value > 0):
             raise ValueError(f"setting {key} must be above 0 and finite, got {value!r}")
     return dataclasses.replace(profile, **(settings or {}))
 
@@ -186,13 +207,20 @@ class Run:
     seed: int
 
     @property
+    def protocol(self) -> str:
+        """Which rows, how they are split, whether encoders are trained: `<rows>[-grouped][-limit<N>][-frozen]`."""
+        profile = self.profile
+        return (profile.rows + "-grouped" * profile.grouped + f"-limit{profile.limit}" * bool(profile.limit)
+                + "-frozen" * profile.freeze_encoders)
+
+    @property
     def folder(self) -> Path:
-        """`runs/<profile>/<rows>/<split>/seed<k>`."""
-        return runs_folder() / self.profile.name / self.profile.rows / self.split / f"seed{self.seed}"
+        """`runs/<profile>/<protocol>/<split>/seed<k>`."""
+        return runs_folder() / self.profile.name / self.protocol / self.split / f"seed{self.seed}"
 
     @property
     def name(self) -> str:
-        return f"{self.profile.name}, {self.profile.rows} rows, split {self.split}, seed {self.seed}"
+        return f"{self.profile.name}, {self.protocol} rows, split {self.split}, seed {self.seed}"
 
     @property
     def command(self) -> str:
@@ -271,13 +299,17 @@ class Progress:
 # ======================================================================================================
 # 3  Stages: each writes a folder that appears only when it is whole, with a manifest that says from what
 # ======================================================================================================
-# Which notebook makes a stage (the name up to the first dash).
+# Which notebook makes a stage (the name up to the first dash), and which stages it reads: the graph of the study.
 MADE_IN = {"splits": "01_data_exploration", "text": "02_text_preprocessing", "baselines": "02_text_preprocessing",
            "camembert_title": "03_finetune_camembert", "camembert_description": "03_finetune_camembert",
            "flaubert_title": "04_finetune_flaubert", "flaubert_description": "04_finetune_flaubert",
            "seresnext": "05_finetune_seresnext", "image_regions": "06_regional_features",
            "image_whole": "06_regional_features", "fusion": "07_hierarchical_fusion",
            "scores": "08_result_tables"}
+READS = {"splits": (), "text": ("splits",), "baselines": ("text", "splits"),
+         **{f"{encoder}_{field}": ("text", "splits") for encoder in TEXT_ENCODERS for field in FIELDS},
+         "seresnext": ("splits",), "image_regions": ("splits", "seresnext"), "image_whole": ("splits", "seresnext"),
+         "fusion": ("splits", *REPRESENTATIONS.values())}
 LIBRARIES = ("torch", "torchvision", "transformers", "pretrainedmodels", "scikit-learn", "numpy", "pandas")
 
 
@@ -310,13 +342,18 @@ def stage(run: Run, name: str, build: Callable[[Path], dict], reads: Sequence[st
     return folder
 
 
+def notebook_of(name: str) -> str:
+    """The notebook that makes a stage."""
+    return MADE_IN[name.split("-")[0]]
+
+
 def read_stage(run: Run, name: str) -> Path:
     """The folder of a stage that an earlier notebook made, with this run's settings.
 
     FileNotFoundError if it is not there, ValueError if it was made with others; both name the notebook and the command.
     Used in 04.
     """
-    notebook = MADE_IN[name.split("-")[0]]
+    notebook = notebook_of(name)
     if not (run.folder / name / "manifest.json").exists():
         raise FileNotFoundError(f"stage {name} of this run ({run.name}) is missing: run notebook {notebook} first, or "
                                 f"`{run.command} --only {notebook[:2]}`")
@@ -339,7 +376,7 @@ def read_manifest(run: Run, name: str) -> dict:
     for file, digest in files.items():
         if not (folder / file).exists() or hash_file(folder / file) != digest:
             raise DamagedStage(f"{folder / file} is damaged or missing; delete the folder {folder} "
-                               f"and run notebook {MADE_IN[name.split('-')[0]]} again")
+                               f"and run notebook {notebook_of(name)} again")
     return manifest
 
 
@@ -368,7 +405,7 @@ def _recipe(run: Run, name: str, build: Callable, reads: Sequence[str], inputs: 
     code, settings = code_and_settings(build)
     contents = {other: hash_json(read_json(read_stage(run, other) / "manifest.json")["files"]) for other in reads}
     return {"split": run.split, "seed": run.seed, "code": code, "reads": {**contents, **inputs},
-            "settings": {key: getattr(run.profile, key) for key in settings}}
+            "settings": {key: getattr(run.profile, key) for key in settings if key not in SPEED_ONLY}}
 
 
 def code_and_settings(function: Callable) -> tuple[str, list[str]]:
@@ -669,7 +706,7 @@ def text_stage(run: Run) -> Path:
         products[["product_id", *FIELDS]].to_csv(out / "text.csv", index=False)
         return {"rows": len(products)}
 
-    return stage(run, "text", build, reads=["splits"], inputs={"catalogue": catalogue_hash(folder)})
+    return stage(run, "text", build, READS["text"], inputs={"catalogue": catalogue_hash(folder)})
 
 
 def read_text(run: Run) -> pd.DataFrame:
@@ -708,7 +745,7 @@ def baseline_stage(run: Run) -> Path:
         save_tensors(out / "probabilities.safetensors", rest["product_id"], **found)
         return {}
 
-    return stage(run, "baselines", build, reads=["text", "splits"])
+    return stage(run, "baselines", build, READS["baselines"])
 
 
 def baseline_probabilities(run: Run, product_ids: Sequence[int]) -> dict[str, Tensor]:
@@ -1050,7 +1087,7 @@ def text_encoder_stage(run: Run, encoder: str, field: str) -> Path:
         curve.to_csv(out / "curve.csv", index=False)
         return curve_metrics(curve) | {"parameters": sum(p.numel() for p in model.parameters())}
 
-    return stage(run, name, build, reads=["text", "splits"], inputs={"encoder": getattr(run.profile, encoder)})
+    return stage(run, name, build, READS[name], inputs={"encoder": getattr(run.profile, encoder)})
 
 
 def head_probabilities(folder: Path, features: Tensor) -> Tensor:
@@ -1140,7 +1177,7 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, name: str, weights: str | None = "imagenet"):
         super().__init__()
-        one_of("image encoder", name, CHOICES["seresnext"])
+        one_of("image encoder", name, ("small", *pretrainedmodels.model_names))
         self.model = SmallSENet() if name == "small" else pretrainedmodels.__dict__[name](pretrained=weights)
         del self.model.last_linear
         self.width = self.model.layer4[-1].bn3.num_features
@@ -1178,7 +1215,8 @@ def image_encoder_stage(run: Run) -> Path:
         curve.to_csv(out / "curve.csv", index=False)
         return curve_metrics(curve) | {"parameters": sum(p.numel() for p in classifier.parameters())}
 
-    return stage(run, "seresnext", build, reads=["splits"], inputs={"pictures": catalogue_hash(catalogue_folder(run))})
+    return stage(run, "seresnext", build, READS["seresnext"],
+                 inputs={"pictures": catalogue_hash(catalogue_folder(run))})
 
 
 def load_image_encoder(run: Run) -> ImageEncoder:
@@ -1246,8 +1284,7 @@ def image_features_stage(run: Run, name: str) -> Path:
         save_tensors(out / "features.safetensors", np.sort(read_split(run)["product_id"]), features=torch.cat(vectors))
         return {"width": vectors[0].shape[1]}
 
-    return stage(run, name, build, reads=["splits", "seresnext"],
-                 inputs={"pictures": catalogue_hash(catalogue_folder(run))})
+    return stage(run, name, build, READS[name], inputs={"pictures": catalogue_hash(catalogue_folder(run))})
 
 
 # ======================================================================================================
@@ -1437,7 +1474,7 @@ def fusion_stage(run: Run, variant: Variant) -> Path:
         curve.to_csv(out / "curve.csv", index=False)
         return curve_metrics(curve) | {"parameters": sum(p.numel() for p in model.parameters())}
 
-    return stage(run, f"fusion-{variant.name}", build, reads=["splits", *REPRESENTATIONS.values()])
+    return stage(run, f"fusion-{variant.name}", build, READS["fusion"])
 
 
 def fusion_probabilities(run: Run, variant: Variant, representations: dict[str, Tensor]) -> Tensor:
