@@ -919,6 +919,11 @@ class Classifier(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
+def mixed_seed(*numbers: int) -> int:
+    """One seed of 32 bits, all that torch's generator takes, from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 class RowDataset(torch.utils.data.Dataset):
     """Rows as the Trainer wants them: `row(i)` gives a dictionary of inputs, to which the label is added.
 
@@ -937,7 +942,7 @@ class RowDataset(torch.utils.data.Dataset):
         if self.seed is None:
             return {**self.row(i), "labels": int(self.labels[i])}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * 2 ** 32 + draw)
+            torch.manual_seed(mixed_seed(self.seed, draw))
             return {**self.row(i), "labels": int(self.labels[i])}
 
 
@@ -955,7 +960,7 @@ class EpochSampler(torch.utils.data.Sampler):
         return math.ceil(self.rows / self.batch) * self.batch
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 2 ** 32 + self.epoch)
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
         order = (torch.randperm(self.rows, generator=generator).tolist() if self.lengths is None
                  else get_length_grouped_indices(self.lengths, self.batch, generator=generator))
         yield from (self.epoch * self.rows + i for i in np.resize(order, len(self)).tolist())
@@ -1271,7 +1276,7 @@ def load_checkpoint(source: str, max_length: int, gradient_checkpointing: bool =
     if max_length > (longest := longest_input(model, tokenizer)):
         raise ValueError(f"text checkpoint {source!r} reads at most {longest} tokens; set max_length={longest} or less")
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     return model, tokenizer
 
 

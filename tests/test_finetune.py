@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from pandas.testing import assert_frame_equal
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
 import helpers as h
@@ -112,6 +113,117 @@ def test_encode_freezes_the_encoder():
     vectors = list(h.encode(encoder, [{"points": torch.ones(2, 4)}, {"points": torch.zeros(1, 4)}]))
     assert encoder.modes == {False} and not encoder.training
     assert [tuple(v.shape) for v in vectors] == [(2, 4), (1, 4)] and not any(v.requires_grad for v in vectors)
+
+
+# --- batches ------------------------------------------------------------------------------------------
+def test_an_epoch_holds_every_row_in_whole_batches_and_seed_and_epoch_decide_the_order():
+    sampler = h.EpochSampler(rows=21, batch=8, seed=3)
+    first, again = list(sampler), list(sampler)
+    assert first == again and len(first) == len(sampler) == 24
+    assert sorted(first[:21]) == list(range(21)) and first[21:] == first[:3]
+    sampler.epoch = 1
+    second = [draw - 21 for draw in sampler]  # draws go on counting, so that each is augmented differently
+    assert sorted(second[:21]) == list(range(21)) and second != first
+    assert list(h.EpochSampler(rows=21, batch=8, seed=4)) != first
+
+
+def test_batches_hold_rows_of_similar_length():
+    lengths = np.random.default_rng(0).integers(5, 200, 400).tolist()
+    def padded(order):
+        batches = np.array(lengths)[np.array(order)].reshape(-1, 8)
+        return batches.max(1).sum() * 8 / batches.sum()
+    assert padded(list(h.EpochSampler(400, 8, 0, lengths))) < 1.1 < 1.5 < padded(list(h.EpochSampler(400, 8, 0)))
+
+
+def test_a_draw_decides_what_is_random_in_a_row():
+    rows = h.RowDataset(lambda i: {"noise": torch.rand(3)}, [0, 1, 2], seed=5)
+    assert torch.equal(rows[4]["noise"], rows[4]["noise"]) and rows[4]["labels"] == 1
+    assert not torch.equal(rows[1]["noise"], rows[4]["noise"])  # the same row, one epoch later
+    assert not torch.equal(h.RowDataset(rows.row, [0, 1, 2], seed=6)[4]["noise"], rows[4]["noise"])
+    torch.manual_seed(0)
+    rows[4]
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(after, torch.rand(1))  # and what comes after is not disturbed
+
+
+class Narrow(Identity):
+    """An encoder on a device whose memory holds `room` rows at a time."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room, self.batches = room, []
+
+    def forward(self, points):
+        if self.training:
+            self.batches.append(len(points))
+        if self.training and len(points) > self.room:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().forward(points)
+
+
+def train_exactly(folder: Path, encoder: torch.nn.Module, **settings):
+    """A short training in which nothing is random but the order of the rows."""
+    torch.manual_seed(0)
+    model = h.Classifier(encoder, 4, CLASSES, dropout=0.0)
+    curve = h.finetune(model, cloud(64, 1, 1.0), cloud(40, 2, 1.0), folder, h.make_profile("sample", settings),
+                       collate=torch.utils.data.default_collate, epochs=3, batch=8, lr=0.05, weight_decay=0.01, seed=0)
+    return model, curve
+
+
+def test_fewer_rows_at_a_time_give_the_same_training(tmp_path):
+    (whole, curve), (parts, same) = (train_exactly(tmp_path, Identity(), device_batch=n) for n in (0, 2))
+    assert_frame_equal(curve, same, rtol=1e-5)
+    assert torch.allclose(whole.head.weight, parts.head.weight, atol=1e-5)
+
+
+def test_out_of_memory_halves_the_rows_at_a_time_and_nothing_else(tmp_path):
+    _, curve = train_exactly(tmp_path, Identity())
+    narrow, narrow_curve = train_exactly(tmp_path, Narrow(room=3))
+    assert narrow.encoder.batches[:3] == [8, 4, 2] and set(narrow.encoder.batches[2:]) == {2}
+    assert_frame_equal(curve, narrow_curve, rtol=1e-5)
+    with pytest.raises(RuntimeError, match="No executable batch size found"):
+        train_exactly(tmp_path, Narrow(room=0))
+
+
+@pytest.mark.parametrize("settings, tolerance", [
+    ({"compile": "eager"}, 1e-5), ({"precision": "bf16"}, 3e-2), ({"loader_workers": 2}, 1e-6),
+    ({"checkpoint_steps": 3}, 1e-6)])
+def test_a_way_of_computing_changes_no_more_than_rounding(tmp_path, settings, tolerance):
+    _, curve = train_exactly(tmp_path, Identity())
+    _, other = train_exactly(tmp_path, Identity(), **settings)
+    assert_frame_equal(curve[["train_loss", "val_loss"]], other[["train_loss", "val_loss"]], rtol=tolerance)
+    assert (curve["val_loss"] != other["val_loss"]).any() == ("precision" in settings)
+
+
+def test_early_stopping_waits_for_its_patience(tmp_path):
+    model, curve, _ = train(tmp_path, noise=2.5, lr=1.5, epochs=12, early_stopping=2)
+    best = curve["val_macro_f1"].idxmax()
+    assert len(curve) == best + 1 + 2 < 12
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
+    class Three:
+        num_processes = 3
+    monkeypatch.setattr(h, "group", Three)
+    with pytest.raises(ValueError, match="a batch of 8 rows cannot be shared by 3 processes alike"):
+        train(tmp_path)
+
+
+def test_head_of_a_frozen_encoder_is_a_logistic_regression():
+    rng = np.random.default_rng(0)
+    labels = torch.tensor(rng.integers(0, 4, 300)) * 2  # classes 0, 2, 4, 6: others have no row
+    features = torch.tensor(np.eye(8)[labels] * 3 + rng.normal(size=(300, 8)), dtype=torch.float32) * 5 + 2
+    parts, head = np.array(["train", "val", "train"] * 100), torch.nn.Linear(8, 9)
+    curve = h.fit_head(head, features, labels, parts)
+    train_rows = features[parts == "train"]
+    scale = lambda x: ((x - train_rows.mean(0)) / train_rows.std(0)).numpy()  # noqa: E731
+    reference = LogisticRegression(max_iter=300).fit(scale(train_rows), labels[parts == "train"])
+    probabilities = torch.softmax(head(features), -1).detach().numpy()
+    assert np.allclose(probabilities[:, reference.classes_], reference.predict_proba(scale(features)), atol=1e-4)
+    assert probabilities[:, [1, 3, 5, 7, 8]].max() < 1e-6
+    right = (reference.predict(scale(features[parts == "val"])) == labels[parts == "val"].numpy()).mean()
+    assert curve["epoch"].tolist() == [0] and curve["val_accuracy"].item() == pytest.approx(right)
 
 
 # --- after a kill -------------------------------------------------------------------------------------
