@@ -1266,9 +1266,12 @@ def load_checkpoint(source: str, max_length: int, gradient_checkpointing: bool =
     try:
         model = AutoModel.from_pretrained(source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the libraries raise many kinds for a folder or a download that is not whole
         raise ValueError(f"text checkpoint {source!r} cannot be loaded: it is neither a whole folder here, nor in the "
                          f"hub's cache, nor can it be had from the hub ({str(error).splitlines()[0]})") from error
+    if len(tokenizer) < model.config.vocab_size / 2:  # transformers makes an empty one where files are missing
+        raise ValueError(f"text checkpoint {source!r}: the model has {model.config.vocab_size} tokens and its tokenizer "
+                         f"{len(tokenizer)}; the tokenizer's files are missing")
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
     if tokenizer.pad_token is None:

@@ -208,7 +208,7 @@ class Job:
 
     @property
     def command(self) -> list[str]:
-        return [sys.executable, str(h.ROOT / "run.py"), "stage", self.name, *self.run.options, "--set=processes=1"]
+        return [sys.executable, str(Path(__file__).resolve()), "stage", self.name, *self.run.options, "--set=processes=1"]
 
     def __str__(self) -> str:
         return f"{self.name}  {self.run.split}  seed {self.run.seed}"

@@ -118,6 +118,14 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
         h.load_checkpoint("nobody/nothing", 32)
 
 
+def test_a_checkpoint_without_its_tokenizers_files_is_refused(checkpoint):
+    for file in checkpoint.iterdir():
+        if file.name not in ("config.json", "model.safetensors", "tokenizer_config.json"):
+            file.unlink()
+    with pytest.raises(ValueError, match="the tokenizer's files are missing|cannot be loaded"):
+        h.load_checkpoint(str(checkpoint), 32)
+
+
 def test_a_changed_checkpoint_makes_its_stage_stale(checkpoint):
     before = h.hash_source(str(checkpoint))
     assert before == h.hash_source(str(checkpoint)) != str(checkpoint)

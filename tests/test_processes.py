@@ -1,5 +1,4 @@
 """Several processes: one stage made by two together, and several stages side by side, come out as made by one."""
-import os
 import subprocess
 import sys
 import time
@@ -9,14 +8,11 @@ import psutil
 import pytest
 import torch
 from pandas.testing import assert_frame_equal
-from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, BertTokenizer
 
 import helpers as h
-from conftest import ROOT, SMALL, tiny_products
-
-RUN = [sys.executable, str(ROOT / "run.py")]
-
+import run as study
+from conftest import ROOT, tiny_products
 
 def bert_folder(folder):
     """A small BERT without dropout: what is random in it would differ between processes."""
@@ -68,3 +64,102 @@ def test_two_processes_make_the_stage_that_one_makes(prepared, monkeypatch, tmp_
     assert one["processes"] == 1 and one["key"] == manifest["key"]
     assert_frame_equal(curve, one_curve, rtol=0, atol=1e-4)
     assert torch.allclose(together, features, atol=1e-4) and features.std() > 0.1
+
+
+def test_a_stage_that_fails_in_several_processes_says_why(prepared, tmp_path):
+    run = prepared(processes=2, max_length=64)
+    (tmp_path / "bert" / "vocab.txt").unlink()
+    (tmp_path / "bert" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ChildProcessError, match="stage camembert_title failed in 2 processes: error: text checkpoint "
+                                                ".*bert' cannot be loaded"):
+        h.text_encoder_stage(run, "camembert", "title")
+    assert not (run.folder / "camembert_title").exists()
+
+
+def test_processes_end_with_the_one_that_started_them(prepared):
+    run = prepared(processes=2, text_epochs=500)
+    code = ("import helpers as h\n"
+            f"h.text_encoder_stage(h.open_run('paper', '90-10', 0, {settings_of(run)}), 'camembert', 'title')")
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not list(run.folder.glob("camembert_title.partial/checkpoints/*")):
+        assert time.monotonic() < end and parent.poll() is None
+        time.sleep(0.1)
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert len(children) >= 3  # the launcher and two workers
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert alive == []
+
+
+def settings_of(run) -> dict:
+    base = h.PROFILES["paper"]
+    return {name: value for name, value in vars(run.profile).items() if value != getattr(base, name)}
+
+
+# --- stages side by side ------------------------------------------------------------------------------
+STAGES = ("splits", "text", "camembert_title", "camembert_description", "seresnext", "image_whole")
+
+
+def graph_of(run) -> dict:
+    plan = study.make_plan("paper", [run.split], [run.seed], settings_of(run))
+    whole = study.stage_graph(plan)
+    return {job: after for job, after in whole.items() if job.name in STAGES}
+
+
+def contents(run) -> dict:
+    """Hashes of all that the stages hold, manifests (times, memory) apart."""
+    return {name: h.read_manifest(run, name)["files"] for name in STAGES}
+
+
+@pytest.fixture
+def reference(make_run, tmp_path):
+    """(a run, what its stages hold when one process makes one after another)."""
+    run = make_run(cache_pictures=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STUDY_RUNS", str(tmp_path / "one after another"))
+        for name in STAGES:
+            study.make_stage(run, name)
+        return run, contents(run)
+
+
+def test_the_graph_names_what_the_manifests_say_was_read(reference, make_run):
+    whole = study.stage_graph(study.make_plan("sample", ["90-10", "80-20"], [0, 1], {}))
+    assert len(whole) == 4 * len(study.stage_names()) == 4 * 16
+    assert all(job.run == other.run for job, after in whole.items() for other in after)
+    fusion = next(job for job in whole if job.name == "fusion-concat-add")
+    assert {job.name for job in whole[fusion]} == {"splits", *h.REPRESENTATIONS.values()}
+    assert len([job for job, after in whole.items() if {a.name for a in after} <= {"splits", "text"}]) == 4 * 8
+
+
+def test_two_workers_make_what_is_made_one_after_another(reference, monkeypatch):
+    run, expected = reference
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as many as conftest gives the reference
+    spans, run_job = {}, study.run_job
+
+    def timed(job, environment):
+        start = time.monotonic()
+        run_job(job, environment)
+        spans[job.name] = (start, time.monotonic())
+
+    monkeypatch.setattr(study, "run_job", timed)
+    study.side_by_side(graph_of(run), 2)
+    assert contents(run) == expected
+    assert spans["camembert_title"][0] > spans["text"][1] and spans["image_whole"][0] > spans["seresnext"][1]
+    (_, first_end), (second, _) = sorted(spans[name] for name in ("text", "seresnext"))
+    assert second < first_end  # these two wait for the splits alone, so they run at the same time
+
+
+def test_ray_makes_what_is_made_one_after_another(reference, monkeypatch):
+    run, expected = reference
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    study.on_ray(graph_of(run))
+    assert contents(run) == expected
+
+
+def test_a_failing_stage_stops_those_that_wait_for_it(make_run):
+    run = make_run(camembert="nobody/nothing", cache_pictures=False)
+    with pytest.raises(study.StepFailed, match="failed\n.*text checkpoint 'nobody/nothing' cannot be loaded"):
+        study.side_by_side(graph_of(run), 2)
+    assert (run.folder / "text").exists() and not (run.folder / "camembert_title").exists()
