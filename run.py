@@ -2,6 +2,7 @@
 
     python run.py study      execute what is not done yet, print the tables, write the report
     python run.py status     what is done, what is stale, what is missing
+    python run.py doctor     whether all that a run needs is there
     python run.py report     write the report again
     python run.py publish    copy the default run's notebooks and figures into the repository
 
@@ -34,6 +35,7 @@ from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.table import Table
 
+import doctor
 import helpers as h
 
 NOTEBOOKS = ["01_data_exploration", "02_text_preprocessing", "03_finetune_camembert", "04_finetune_flaubert",
@@ -216,10 +218,13 @@ def choose_notebooks(first: str | None, only: list[str]) -> list[str]:
 @app.command()
 def study(profile: Profile = "sample", split: Splits = list(h.SPLITS), seed: Seeds = [0], set_: Settings = [],
           from_: Annotated[str, typer.Option("--from", help="NN: execute this notebook and all after it again")] = None,
-          only: Annotated[list[str], typer.Option(help="NN: execute only this notebook; may be repeated")] = []):
+          only: Annotated[list[str], typer.Option(help="NN: execute only this notebook; may be repeated")] = [],
+          dry_run: Annotated[bool, typer.Option("--dry-run", help="only print what the study would cost")] = False):
     """Execute what is not done yet, print the tables, write the report."""
     plan = make_plan(profile, split, seed, parse_settings(set_))
     chosen = choose_notebooks(from_, only)
+    if dry_run:
+        return doctor.print_costs(console, plan[0].run.profile, split, seed)
     catalogue = h.catalogue_hash(h.catalogue_folder(plan[0].run))
     for number, step in enumerate(plan, 1):
         if step.notebook not in chosen:
@@ -247,6 +252,16 @@ def status(profile: Profile = "sample", split: Splits = list(h.SPLITS), seed: Se
         table.add_row(step.notebook, step.run.split, str(step.run.seed), state(step, catalogue),
                       *(str(done.get(name, "")) for name in ("seconds", "peak_memory_gb")))
     console.print(table)
+
+
+@app.command("doctor")
+def check(profile: Profile = "sample", set_: Settings = [],
+          all_pictures: Annotated[bool, typer.Option("--all-pictures", help="decode all, not 500 of them")] = False):
+    """Say whether all that a run needs is there: catalogue, pictures, machine, libraries, weights."""
+    checks = doctor.check_up(h.open_run(profile, "90-10", 0, parse_settings(set_)), all_pictures)
+    doctor.print_checks(console, checks)
+    if any(check.state == "missing" for check in checks):
+        raise typer.Exit(1)
 
 
 @app.command()
