@@ -415,6 +415,17 @@ def text_config(encoder: str, source: str) -> PreTrainedConfig:
         return BASE_CONFIGS[encoder]
 
 
+# The settings on which a network's cost for one row depends.
+ARCHITECTURE = (*h.TEXT_ENCODERS, "seresnext", "text_width", "text_layers", "vocabulary", "max_length", "precision",
+                "gradient_checkpointing", "image_size", "region_size", "grid", "regions", "project")
+
+
+def architecture(profile: h.Profile) -> h.Profile:
+    """A profile with the same networks and all other settings as by default, so that each is measured once."""
+    return h.Profile(profile.name, profile.data, **{name: getattr(profile, name) for name in ARCHITECTURE})
+
+
+@cache
 def text_model(profile: h.Profile, encoder: str) -> nn.Module:
     """The profile's text encoder on the meta device: shapes without numbers."""
     with torch.device("meta"):
@@ -426,24 +437,26 @@ def text_model(profile: h.Profile, encoder: str) -> nn.Module:
 
 
 @cache
+def measure_text(profile: h.Profile, encoder: str, tokens: int) -> tuple[float, float, float]:
+    """`measure` of a text encoder on one text of `tokens` tokens, or of as many as it has positions for."""
+    model = text_model(profile, encoder)
+    shape = (1, min(tokens, model.config.max_position_embeddings))
+    inputs = {"inputs_embeds": torch.empty(*shape, model.config.hidden_size, device="meta")}
+    if isinstance(model, h.FlaubertModel):  # it looks at the lengths' values, which meta tensors do not have
+        inputs |= {"lengths": torch.tensor([shape[1]]), "attention_mask": torch.ones(shape, device="meta")}
+    return measure(model, inputs, profile.precision != "float32")
+
+
 def text_network(profile: h.Profile, encoder: str, tokens: int) -> Network:
     """A text encoder on one text of `tokens` tokens; what is kept for the backward pass, at the longest length."""
+    profile = architecture(profile)
     model = text_model(profile, encoder)
     width, layers = model.config.hidden_size, model.config.num_hidden_layers
-    half = profile.precision != "float32"
-
-    def measure_at(length: int) -> tuple[float, float, float]:
-        shape = (1, length)
-        inputs = {"inputs_embeds": torch.empty(*shape, width, device="meta")}
-        if isinstance(model, h.FlaubertModel):  # it looks at the lengths' values, which meta tensors do not have
-            inputs |= {"lengths": torch.tensor([length]), "attention_mask": torch.ones(shape, device="meta")}
-        return measure(model, inputs, half)
-
-    forward, training, _ = measure_at(tokens)
-    kept = measure_at(profile.max_length)[2]
+    forward, training, _ = measure_text(profile, encoder, tokens)
+    kept = measure_text(profile, encoder, profile.max_length)[2]
     if profile.gradient_checkpointing:  # each layer's input, and one layer, which is computed again
         training += forward
-        kept = kept / layers + layers * profile.max_length * width * (2 if half else 4)
+        kept = kept / layers + layers * profile.max_length * width * (4 if profile.precision == "float32" else 2)
     return Network(sum(p.numel() for p in model.parameters()), width, forward, training, kept)
 
 
@@ -462,13 +475,14 @@ def image_networks(profile: h.Profile) -> tuple[Network, Network]:
     return network, dataclasses.replace(network, forward=counter.get_total_flops(), training=0, kept=0)
 
 
-def fusion_networks(profile: h.Profile, widths: dict[str, int]) -> list[Network]:
-    """The fusion models that notebook 07 trains, each on one row."""
+@cache
+def fusion_networks(project: bool, **widths: int) -> list[Network]:
+    """The fusion models that notebook 07 trains, each on one row of representations of these widths."""
     raw = [dataclasses.replace(variant, standardise=False) for variant in h.TABLE_VARIANTS if variant.head == "basic"]
     found = []
     with torch.device("meta"):
         for variant in (*h.TABLE_VARIANTS, *raw):
-            model = h.HierarchicalFusion(widths, variant, project=profile.project)
+            model = h.HierarchicalFusion(widths, variant, project=project)
             costs = measure(model, {name: torch.empty(1, width) for name, width in widths.items()}, half=False)
             found.append(Network(sum(p.numel() for p in model.parameters()), 27, *costs))
     return found
@@ -488,8 +502,8 @@ class Gpu:
 
 GPUS = {"T4": Gpu(16, 65, 8.1), "V100": Gpu(16, 125, 15.7), "RTX 3090": Gpu(24, 71, 35.6),
         "RTX 4090": Gpu(24, 165.2, 82.6), "A100": Gpu(40, 312, 19.5), "H100": Gpu(80, 989.4, 66.9)}
-# Share of the peak, assumptions. "image" has a reference: NVIDIA's DeepLearningExamples state 443 pictures a second on a
-# V100 and 855 on an A100 for SE-ResNeXt-101 32x4d in mixed precision; at 48 GFLOP a picture, 17% and 13%.
+# Share of the peak, assumptions. "image" has a reference: NVIDIA's DeepLearningExamples state 443 pictures a second on
+# a V100 and 855 on an A100 for SE-ResNeXt-101 32x4d in mixed precision; at 48 GFLOP a picture, 17% and 13%.
 UTILISATION = {"text": 0.40, "image": 0.15, "regions": 0.10, "fusion": 0.01}
 USABLE = 0.9            # share of a GPU's memory that tensors get; the rest is CUDA's own
 STATES = 16             # bytes a parameter: weight, gradient and AdamW's two moments, in single precision
@@ -558,13 +572,13 @@ def stage_work(profile: h.Profile, split: str, sizes: Sizes) -> list[Work]:
             work.append(Work(f"{encoder}_{field}", "text",
                              finetuning(network, profile.text_epochs) + rows * network.forward, network,
                              profile.text_batch * trained, 4 * (network.parameters + rows * network.width)))
-    whole, regions = image_networks(profile)
+    whole, regions = image_networks(architecture(profile))
     work += [Work("seresnext", "image", finetuning(whole, profile.image_epochs), whole, profile.image_batch * trained,
                   4 * whole.parameters),
              Work("image_regions", "image" if profile.regions == "feature_map" else "regions", rows * regions.forward,
                   regions, 0, 4 * rows * whole.width),
              Work("image_whole", "image", rows * whole.forward, whole, 0, 4 * rows * whole.width)]
-    models = fusion_networks(profile, {**widths, "P": whole.width})
+    models = fusion_networks(profile.project, **widths, P=whole.width)
     flop = profile.fusion_epochs * sum(train * model.training + val * model.forward for model in models)
     return [*work, Work("fusion", "fusion", flop, max(models, key=lambda model: model.parameters), profile.fusion_batch,
                         4 * sum(model.parameters for model in models))]

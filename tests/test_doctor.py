@@ -1,8 +1,5 @@
 """The doctor names what is missing, and the costs on paper follow from FLOPs that agree with closed formulas."""
 import dataclasses
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -244,7 +241,7 @@ def test_flops_of_a_text_encoder_follow_the_formula_of_its_layers(encoder):
 
 
 def test_flops_of_se_resnext():
-    whole, regions = doctor.image_networks(PAPER)
+    whole, regions = doctor.image_networks(doctor.architecture(PAPER))
     assert 2 * 4.2e9 < whole.forward < 2 * 4.3e9
     assert whole.training == pytest.approx(3 * whole.forward, rel=0.02)  # but for the first layer's input
     assert whole.width == 2048 and 1 < regions.forward / whole.forward < 2.2
@@ -304,19 +301,14 @@ def test_sizes_come_from_the_catalogue_where_it_is_there(catalogue, monkeypatch)
     assert doctor.find_sizes(h.make_profile("paper", {"rows": "all"})).tokens["description"] == 92
 
 
-def test_a_dry_run_prints_all_gpus_and_starts_nothing(tmp_path):
-    environment = {**os.environ, "STUDY_RUNS": str(tmp_path / "runs"), "RAKUTEN_DATA": str(tmp_path)}
-
-    def dry_run(*words):
-        return subprocess.run([sys.executable, str(h.ROOT / "run.py"), "study", "--profile", "paper", "--dry-run", *words],
-                              env=environment, cwd=tmp_path, capture_output=True, text=True)
-
-    shown = dry_run("--seed", "0", "--seed", "1")
-    assert shown.returncode == 0, shown.stderr
-    assert "4 run(s)" in shown.stdout and "55,116 rows" in shown.stdout
+def test_a_dry_run_prints_all_gpus_and_starts_nothing(tmp_path, monkeypatch):
+    isolate(monkeypatch, tmp_path, tmp_path)
+    words = ["study", "--profile", "paper", "--dry-run"]
+    shown = CliRunner().invoke(study.app, [*words, "--seed", "0", "--seed", "1"])
+    assert shown.exit_code == 0 and "4 run(s)" in shown.output and "55,116 rows" in shown.output
     for name in (*doctor.GPUS, *h.REPRESENTATIONS.values(), "seresnext", "fusion", "picture cache", "text 40%"):
-        assert name in shown.stdout
-    assert max(map(len, shown.stdout.splitlines())) <= 150
-    refused = dry_run("--set", "text_epochs=many")
-    assert refused.returncode == 1 and "setting text_epochs must be int" in refused.stderr
+        assert name in shown.output
+    assert max(map(len, shown.output.splitlines())) <= 150
+    refused = CliRunner().invoke(study.app, [*words, "--set", "text_epochs=many"])
+    assert refused.exit_code == 1 and "setting text_epochs must be int" in str(refused.exception)
     assert list(tmp_path.iterdir()) == []
