@@ -637,6 +637,8 @@ def readable_costs(costs: pd.DataFrame, pictures_gb: float) -> pd.DataFrame:
     def number(value: float) -> str:
         if math.isnan(value):
             return "-"
+        if 0 < value < 0.01:
+            return "<0.01"
         return f"{value:,.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
     paths = [longest_path(costs, gpu) for gpu in GPUS]

@@ -287,6 +287,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does():
     network = doctor.text_network(PAPER, "camembert", 141)
     assert 0 < rows.loc["T4", "device_batch"] < 256 == rows.loc["H100", "device_batch"]
     batch = rows.loc["T4", "device_batch"]
+    assert 256 % batch == 0
     assert doctor.memory_gb(network, batch) <= 0.9 * 16 < doctor.memory_gb(network, 2 * batch)
     assert f"({batch})" in doctor.readable_costs(table, 0).set_index("stage").loc["camembert_description", "T4 16 GB"]
 
