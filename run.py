@@ -2,6 +2,7 @@
 
     python run.py study      execute what is not done yet, print the tables, write the report
     python run.py status     what is done, what is stale, what is missing
+    python run.py doctor     whether all that a run needs is there
     python run.py report     write the report again
     python run.py stage      make stages without their notebooks
     python run.py publish    copy the default run's notebooks and figures into the repository
@@ -43,6 +44,8 @@ from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.table import Table
 
+import costs
+import doctor
 import helpers as h
 
 NOTEBOOKS = ["01_data_exploration", "02_text_preprocessing", "03_finetune_camembert", "04_finetune_flaubert",
@@ -208,7 +211,8 @@ class Job:
 
     @property
     def command(self) -> list[str]:
-        return [sys.executable, str(Path(__file__).resolve()), "stage", self.name, *self.run.options, "--set=processes=1"]
+        return [sys.executable, str(Path(__file__).resolve()), "stage", self.name, *self.run.options,
+                "--set=processes=1"]
 
     def __str__(self) -> str:
         return f"{self.name}  {self.run.split}  seed {self.run.seed}"
@@ -357,29 +361,34 @@ def grid(profile: Annotated[str, typer.Option(help="sample | paper")] = "sample"
     return make_plan(profile, split, seed, parse_settings(set_) | chosen)
 
 
-def over_the_grid(command):
+def over_the_grid(name: str | None = None):
     """Register a command whose first argument is the plan; it gets the options of `grid` in its place."""
-    common, own = (inspect.signature(function, eval_str=True).parameters for function in (grid, command))
-    options = [*common.values(), *list(own.values())[1:]]
+    def register(command):
+        common, own = (inspect.signature(function, eval_str=True).parameters for function in (grid, command))
+        options = [*common.values(), *list(own.values())[1:]]
 
-    @functools.wraps(command)
-    def wrapper(**given):
-        plan = grid(**{name: given.pop(name) for name in common})
-        command(plan, **given)
+        @functools.wraps(command)
+        def wrapper(**given):
+            plan = grid(**{name: given.pop(name) for name in common})
+            command(plan, **given)
 
-    wrapper.__signature__ = inspect.Signature(options)
-    wrapper.__annotations__ = {option.name: option.annotation for option in options}
-    return app.command()(wrapper)
+        wrapper.__signature__ = inspect.Signature(options)
+        wrapper.__annotations__ = {option.name: option.annotation for option in options}
+        return app.command(name)(wrapper)
+    return register
 
 
-@over_the_grid
+@over_the_grid()
 def study(plan,
           from_: Annotated[str, typer.Option("--from", help="NN: execute this notebook and all after it again")] = None,
           only: Annotated[list[str], typer.Option(help="NN: execute only this notebook; may be repeated")] = [],
           workers: Annotated[int, typer.Option(min=1, help="stages made side by side, one GPU each")] = 1,
-          on: Annotated[str, typer.Option(help="here | ray: where stages are made side by side")] = "here"):
+          on: Annotated[str, typer.Option(help="here | ray: where stages are made side by side")] = "here",
+          dry_run: Annotated[bool, typer.Option("--dry-run", help="only print what the study would cost")] = False):
     """Execute what is not done yet, print the tables, write the report."""
     chosen = choose_notebooks(from_, only)
+    if dry_run:
+        return costs.print_costs(console, list(dict.fromkeys(step.run for step in plan)))
     catalogue_hash(plan[0].run)  # refuses a missing catalogue, makes the sample
     graph = stage_graph([step for step in plan if step.notebook in chosen])
     if h.one_of("place", on, ("here", "ray")) == "ray":
@@ -401,7 +410,7 @@ def study(plan,
     console.print(f"Report: {write_report(plan)}", highlight=False, soft_wrap=True)
 
 
-@over_the_grid
+@over_the_grid()
 def status(plan):
     """Say what is done, what is stale, what is missing."""
     table = Table("notebook", "split", "seed", "state", "seconds", "peak memory (GB)")
@@ -412,13 +421,22 @@ def status(plan):
     console.print(table)
 
 
-@over_the_grid
+@over_the_grid("doctor")
+def check(plan, all_pictures: Annotated[bool, typer.Option("--all-pictures", help="decode all, not 500")] = False):
+    """Say whether all that a run needs is there: catalogue, pictures, machine, libraries, weights."""
+    checks = doctor.check_up(plan[0].run, all_pictures)
+    doctor.print_checks(console, checks)
+    if any(check.state == "missing" for check in checks):
+        raise typer.Exit(1)
+
+
+@over_the_grid()
 def report(plan):
     """Write the report again, from what is done."""
     console.print(f"Report: {write_report(plan)}", highlight=False, soft_wrap=True)
 
 
-@over_the_grid
+@over_the_grid()
 def stage(plan, names: Annotated[list[str], typer.Argument(help="none: all, in order", metavar="STAGE...")] = None):
     """Make stages without their notebooks: in this process, or, under torchrun, in all of its processes together."""
     end_with_parent()
