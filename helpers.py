@@ -1053,7 +1053,7 @@ def precision(profile: Profile) -> torch.dtype:
 
 
 def training_arguments(profile: Profile, folder: Path, **more: object) -> TrainingArguments:
-    """The Trainer's settings that text and pictures share."""
+    """The Trainer's settings that text and pictures share. Shown in 03."""
     cuda, dtype = device().type == "cuda", precision(profile)
     workers = profile.loader_workers
     if workers < 0:
