@@ -8,8 +8,13 @@ help: ## say what each target does
 study: .venv/installed ## run the whole study on the bundled sample: both splits, tables, report
 	$(PY) run.py study
 
-test: .venv/installed ## run all tests
+test: .venv/installed .venv/ray-installed ## run all tests
 	$(PY) -m pytest
+
+bench: .venv/installed ## measure speed, about half an hour on 2 cores; writes figures/benchmark.csv and .png
+	$(PY) tests/benchmark.py
+
+ray: .venv/ray-installed ## install Ray, for `run.py study --on ray`
 
 lab: .venv/installed ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks
@@ -23,4 +28,8 @@ clean: ## remove what runs have made (the environment and Rakuten's files stay)
 	$(PY) -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
 	touch .venv/installed
 
-.PHONY: help study test lab clean
+.venv/ray-installed: .venv/installed requirements-ray.txt
+	$(PY) -m pip install --quiet --requirement requirements-ray.txt --constraint constraints.txt
+	touch .venv/ray-installed
+
+.PHONY: help study test bench ray lab clean

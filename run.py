@@ -292,7 +292,7 @@ def on_ray(graph: dict[Job, list[Job]]) -> None:
     try:
         import ray  # an extra: requirements-ray.txt
     except ImportError as error:
-        raise ValueError("--on ray needs Ray: .venv/bin/python -m pip install -r requirements-ray.txt") from error
+        raise ValueError("--on ray needs Ray: `make ray` installs it") from error
     ray.init(log_to_driver=False, configure_logging=False)
     ours = {name: value for name, value in os.environ.items() if name.startswith(("STUDY_", "RAKUTEN_", "HF_"))}
 
