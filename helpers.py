@@ -1511,9 +1511,9 @@ def image_encoder_stage(run: Run) -> Path:
 
     def build(out: Path) -> dict:
         profile = run.profile
-        split, pictures = read_split(run), cached_pictures(run, profile.image_size)
         set_seed(run.seed)
-        model = ImageEncoder(profile.seresnext, profile.image_weights)
+        model = ImageEncoder(profile.seresnext, profile.image_weights)  # first, in case there are no weights
+        split, pictures = read_split(run), cached_pictures(run, profile.image_size)
         classifier = Classifier(model, model.width, dropout=0.0)
         augment = augmentation(profile.image_size)
 
