@@ -25,7 +25,9 @@ Hierarchical Fusion (2022). Importing this module reads and writes nothing.
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
+import difflib
 import hashlib
 import html
 import importlib.metadata
@@ -36,9 +38,11 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -51,6 +55,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from pickle import UnpicklingError
+from urllib.parse import urlparse
 
 import matplotlib.pyplot as plt
 import nltk
@@ -60,14 +66,18 @@ import pretrainedmodels
 import scipy.stats
 import seaborn as sns
 import sentencepiece
+import timm
 import torch
+import torchvision
 import transformers
 from accelerate import PartialState
 from accelerate.utils import find_executable_batch_size, reduce
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from IPython import get_ipython
 from IPython.display import Markdown, display
 from PIL import Image
 from pretrainedmodels.models.senet import SENet, SEResNeXtBottleneck
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from selectolax.lexbor import LexborHTMLParser
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -1359,6 +1369,7 @@ def head_probabilities(folder: Path, features: Tensor) -> Tensor:
 # 10  Pictures
 # ======================================================================================================
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SERESNEXT_MIRROR = "timm/legacy_seresnext50_32x4d.in1k"  # on the model hub: the same weights as safetensors
 
 
 def decode_picture(path: str | Path, size: int) -> np.ndarray:
@@ -1371,32 +1382,71 @@ def decode_picture(path: str | Path, size: int) -> np.ndarray:
     return np.asarray(small).transpose(2, 0, 1)
 
 
-def cached_pictures(run: Run, size: int) -> np.ndarray:
+class DecodedPictures:
+    """Pictures of `paths` that are decoded each time they are asked for, by the same indexing as an array's first axis.
+
+    `pictures[i]` is uint8 [3, size, size], a slice or an array of positions gives [n, 3, size, size].
+    """
+
+    def __init__(self, paths: Sequence[str], size: int):
+        self.paths, self.shape, self.dtype = list(paths), (len(paths), 3, size, size), np.dtype(np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
+        positions = np.arange(len(self))[index]
+        if positions.ndim == 0:
+            return decode_picture(self.paths[positions], self.shape[-1])
+        found = np.empty((len(positions), *self.shape[1:]), self.dtype)
+        for i, picture in enumerate(self.decode(positions)):
+            found[i] = picture
+        return found
+
+    def decode(self, positions: Iterable[int]) -> Iterator[np.ndarray]:
+        """These pictures one by one, decoded on all processors."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
+            yield from pool.map(lambda i: self[int(i)], positions)
+
+
+def cached_pictures(run: Run, size: int) -> np.ndarray | DecodedPictures:
     """uint8 [N, 3, size, size] of the split's products in order of product id, memory-mapped.
 
     Decoded once into data/cache (150 kB a picture at 224 pixels); the file's name says which pictures it holds.
-    Used in 05 and 06.
+    With the setting `cache_pictures` off they are decoded each time they are asked for, and nothing is written.
+    OSError if the disk has no room. Used in 05 and 06.
     """
     folder = catalogue_folder(run)
     products = load_catalogue(folder).set_index("product_id").loc[np.sort(read_split(run)["product_id"])]
+    pictures = DecodedPictures(products["picture"], size)
+    if not run.profile.cache_pictures:
+        return pictures
     name = hash_json([catalogue_hash(folder), list(map(int, products.index)), size])[:16]
     path = ROOT / "data" / "cache" / f"pictures-{name}.npy"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_suffix(f".{os.getpid()}.partial")
-        pictures = np.lib.format.open_memmap(partial_path, "w+", np.uint8, (len(products), 3, size, size))
-        bar = Progress("decoding", len(products), "pictures")
-        try:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
-                decoded = pool.map(partial(decode_picture, size=size), products["picture"])
-                for i, picture in enumerate(bar.track(decoded)):
-                    pictures[i] = picture
-            pictures.flush()
-            partial_path.rename(path)
-        finally:
-            bar.close()
-            partial_path.unlink(missing_ok=True)
+        write_pictures(path, pictures)
     return np.load(path, mmap_mode="r")
+
+
+def write_pictures(path: Path, pictures: DecodedPictures) -> None:
+    """Decode all pictures into one NumPy file, which appears when it is whole; OSError if the disk has no room."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = math.prod(pictures.shape), shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(f"the cache of decoded pictures needs {needed / 1e9:.2f} GB in {path.parent}, where "
+                      f"{free / 1e9:.2f} GB are free; free some disk space, or set cache_pictures=False, which decodes "
+                      "each picture in every epoch")
+    partial_path = path.with_suffix(f".{os.getpid()}.partial")
+    bar = Progress("decoding", len(pictures), "pictures")
+    try:
+        cache = np.lib.format.open_memmap(partial_path, "w+", pictures.dtype, pictures.shape)
+        for i, picture in enumerate(bar.track(pictures.decode(range(len(pictures))))):
+            cache[i] = picture
+        cache.flush()
+        partial_path.rename(path)
+    finally:
+        bar.close()
+        partial_path.unlink(missing_ok=True)
 
 
 def augmentation(size: int) -> v2.Transform:
@@ -1408,12 +1458,12 @@ def augmentation(size: int) -> v2.Transform:
                        v2.PILToTensor()])
 
 
-def normalise(pictures: Tensor) -> Tensor:
-    """uint8 [..., 3, H, W] to float32 with ImageNet's mean and deviation per channel (paper, section IV.A).
+def normalise(pictures: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
+    """Bytes [..., 3, H, W] to float32: as 0 to 1, minus `mean`, by `std` of each channel (paper, section IV.A).
 
-    Shown in 05. Used in 05 and 06.
+    Shown in 05. Used in 05.
     """
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.as_tensor(values, device=pictures.device).view(3, 1, 1) for values in (mean, std))
     return (pictures.float() / 255 - mean) / std
 
 
@@ -1423,27 +1473,309 @@ class SmallSENet(SENet):
     def __init__(self):
         super().__init__(SEResNeXtBottleneck, [1, 1, 1, 1], groups=8, reduction=16, dropout_p=None, inplanes=16,
                          input_3x3=False, downsample_kernel_size=1, downsample_padding=0)
+        self.last_linear = nn.Linear(512, 1000)
 
     def _make_layer(self, block, planes, *args, **kwargs):
         return super()._make_layer(block, planes // 4, *args, **kwargs)
 
 
-class ImageEncoder(nn.Module):
-    """SE-ResNeXt without its last layer: the global average of its feature map, [N, 2048] (small one: 512).
+@dataclass(frozen=True)
+class PictureFormat:
+    """What a backbone expects: mean and deviation per channel (red, green, blue; bytes as 0 to 1), pixels a side."""
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+    size: int = 224
+    bgr: bool = False  # blue first
 
-    Shown in 05. Used in 05 and 06.
+
+def split_backbone_name(name: str) -> tuple[str, str]:
+    """("torchvision", "resnet50") of "torchvision/resnet50"; pretrainedmodels' names have no library before them.
+
+    ValueError with close names for a name that no library knows.
+    """
+    library, _, model = name.rpartition("/")
+    known = ["small", *pretrainedmodels.model_names,
+             *(f"torchvision/{other}" for other in torchvision.models.list_models(module=torchvision.models)),
+             *(f"timm/{other}" for other in timm.list_models())]
+    if name not in known and not (library == "timm" and model in timm.list_pretrained()):
+        close = difflib.get_close_matches(name, known, n=5)
+        hint = f"close names: {', '.join(close)}" if close else "examples: se_resnext50_32x4d, timm/convnext_tiny"
+        raise ValueError(f"unknown image encoder {name!r}; it must be small, a name of pretrainedmodels, "
+                         f"torchvision/<name> or timm/<name>; {hint}")
+    return library, model
+
+
+def make_backbone(name: str) -> tuple[nn.Module, int, PictureFormat]:
+    """(network with random weights and without its classification layer, width of its vectors, what it expects)."""
+    library, model_name = split_backbone_name(name)
+    if library == "timm":
+        model = timm.create_model(model_name, num_classes=0)
+        data = timm.data.resolve_model_data_config(model)
+        return model, model.head_hidden_size, PictureFormat(data["mean"], data["std"], data["input_size"][-1])
+    if library == "torchvision":
+        model = torchvision.models.get_model(model_name, weights=None)
+        data = torchvision.models.get_model_weights(model_name).DEFAULT.transforms()
+        return model, remove_classifier(model), PictureFormat(data.mean, data.std, data.crop_size[0])
+    if name == "small":
+        model, expected = SmallSENet(), PictureFormat()
+    else:
+        model, expected = pretrained_model(name)
+    for child_name, child in model.named_children():
+        if isinstance(child, nn.AvgPool2d) and child.padding == 0:  # of 7 x 7 cells or so: made for one picture size
+            setattr(model, child_name, nn.AdaptiveAvgPool2d(1))
+    return model, remove_classifier(model), expected
+
+
+def pretrained_model(name: str) -> tuple[nn.Module, PictureFormat]:
+    """A network of pretrainedmodels with random weights; those that it wraps come from torchvision itself."""
+    wrapped = {"inceptionv3": "inception_v3"}.get(name, name)
+    if wrapped in torchvision.models.list_models(module=torchvision.models):
+        model = torchvision.models.get_model(wrapped, weights=None)
+    else:  # copied, because the layers of some are made once, at import
+        model = copy.deepcopy(getattr(pretrainedmodels, name)(num_classes=1000, pretrained=None))
+    data = pretrained_settings(name)
+    order = -1 if data["input_space"] == "BGR" else 1
+    mean, std = ([value / data["input_range"][1] for value in data[key]][::order] for key in ("mean", "std"))
+    return model, PictureFormat(mean, std, data["input_size"][-1], bgr=order == -1)
+
+
+def pretrained_settings(name: str) -> dict:
+    """pretrainedmodels' own record of its first weights for a network: address, mean, std, input range, ..."""
+    return next(iter(pretrainedmodels.pretrained_settings[name].values()))
+
+
+def remove_classifier(model: nn.Module) -> int:
+    """Take the layer with 1,000 outputs off a network and return the width of what it read."""
+    path, layer = [(path, layer) for path, layer in model.named_modules()
+                   if isinstance(layer, (nn.Linear, nn.Conv2d)) and len(layer.weight) == 1000][-1]
+    model.set_submodule(path, nn.Identity())
+    return layer.weight.shape[1]
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """A place where weights are looked for. `here`: they lie on this machine, so that `load` asks no network."""
+    label: str
+    here: bool
+    load: Callable[[], dict[str, Tensor]]
+
+
+def weight_sources(name: str, weights: str) -> list[WeightSource]:
+    """Where a backbone's weights are looked for, in this order; nothing is read or asked yet.
+
+    `weights` is the setting `image_weights`: "imagenet", a file (from the project's root), or "none". The small
+    network has no ImageNet weights. An empty list means random weights. ValueError if nobody offers any.
+    """
+    library, model = split_backbone_name(name)
+    if weights == "none" or (name == "small" and weights == "imagenet"):
+        return []
+    if file := weight_file(weights):
+        return [WeightSource(f"file {weights}", file.exists(), partial(read_weights, file))]
+    if library == "timm":
+        found = timm.get_pretrained_cfg(model)
+        if repository := found.hf_hub_id:
+            return [WeightSource(f"model hub {repository}", in_hub_cache(repository), partial(read_timm, model))]
+        if not found.url:
+            raise ValueError(f"timm has no weights for {model}; set image_weights to a file, or to none")
+        return published_at("timm", found.url)
+    if library == "torchvision":
+        return published_at("torchvision", torchvision.models.get_model_weights(model).DEFAULT.url)
+    found = published_at("pretrainedmodels", pretrained_settings(name)["url"])
+    if name == "se_resnext50_32x4d":  # the address is often down
+        found.append(WeightSource(f"model hub {SERESNEXT_MIRROR}", in_hub_cache(SERESNEXT_MIRROR), read_mirror))
+    return found
+
+
+def weight_file(weights: str) -> Path | None:
+    """The file that the setting `image_weights` names, from the project's root; None if it names none."""
+    return None if weights in ("imagenet", "none") else ROOT / Path(weights).expanduser()
+
+
+def published_at(owner: str, url: str) -> list[WeightSource]:
+    """A file in torch hub's cache, then the address it comes from."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+    return [WeightSource(f"torch hub cache {path.name}", path.exists(), partial(read_checked, path)),
+            WeightSource(f"{owner}, {url}", False, partial(download_checked, url, path))]
+
+
+def in_hub_cache(repository: str) -> bool:
+    """Whether model.safetensors of a repository on the model hub lies on this machine."""
+    return isinstance(try_to_load_from_cache(repository, "model.safetensors"), str)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .pth or .pt file, read without running code that it may hold.
+
+    FileNotFoundError if it is missing, ValueError if it is damaged or holds anything else.
+    """
+    if not path.exists():
+        raise FileNotFoundError("there is no such file")
+    try:
+        found = load_file(path) if path.suffix == ".safetensors" else torch.load(
+            path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"it is damaged, or holds more than tensors ({one_line(error)})") from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError("it does not hold a state dict (a dictionary of tensors)")
+    return dict(found)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_checked(path: Path) -> dict[str, Tensor]:
+    """`read_weights` of a file whose name ends in the first digits of its sha256, which is compared before."""
+    if not path.exists():
+        raise FileNotFoundError("not there")
+    if not hash_file(path).startswith(hash_in_name(path)):
+        raise ValueError(f"its sha256 begins with {hash_file(path)[:8]}, not as its name says; delete {path}")
+    return read_weights(path)
+
+
+def hash_in_name(path: Path) -> str:
+    """"a260b3a4" of se_resnext50_32x4d-a260b3a4.pth; ValueError if the name has no such digits."""
+    if found := re.search(r"-([0-9a-f]{8,64})\.", path.name):
+        return found[1]
+    raise ValueError(f"{path.name} does not say its sha256, so it cannot be checked")
+
+
+def download_checked(url: str, path: Path) -> dict[str, Tensor]:
+    """Fetch a file into torch hub's cache if its sha256 is as its name says, and read it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # seconds without an answer; torch hub would wait for minutes
+    try:
+        torch.hub.download_url_to_file(url, path, hash_in_name(path), progress=False)
+    finally:
+        socket.setdefaulttimeout(patience)
+    return read_checked(path)
+
+
+def read_mirror() -> dict[str, Tensor]:
+    """SE-ResNeXt-50's weights from the model hub, after a check of the sha256 that the hub publishes.
+
+    In the hub's cache a large file is a link to a blob that is named by it; elsewhere the hub is asked.
+    """
+    path = Path(hf_hub_download(SERESNEXT_MIRROR, "model.safetensors"))
+    published = path.resolve().name
+    if not re.fullmatch("[0-9a-f]{64}", published):
+        published = get_hf_file_metadata(hf_hub_url(SERESNEXT_MIRROR, "model.safetensors")).etag
+    if hash_file(path) != published:
+        raise ValueError(f"its sha256 begins with {hash_file(path)[:8]}, not {published[:8]}; delete {path.resolve()}")
+    return read_weights(path)
+
+
+def read_timm(model: str) -> dict[str, Tensor]:
+    """The weights that timm itself loads for one of its networks."""
+    return timm.create_model(model, pretrained=True, num_classes=0).state_dict()
+
+
+def load_weights(name: str, weights: str) -> tuple[dict[str, Tensor] | None, str]:
+    """(weights of a backbone, where they come from); None for random weights.
+
+    ValueError says which places were tried, what was wrong with each, and how to bring the file by hand.
+    """
+    sources, tried = weight_sources(name, weights), []
+    for source in sources:
+        try:
+            return source.load(), source.label
+        except Exception as error:  # of a network, a cache, a file: each has its own
+            tried.append(f"{source.label}: {one_line(error)}")
+    if tried:
+        raise ValueError(f"no usable weights for {name} (tried {'; '.join(tried)}); bring the file by hand and set "
+                         "image_weights=<file> (.safetensors, .pth or .pt), or image_weights=none for random weights")
+    return None, "random weights"
+
+
+def fit_weights(model: nn.Module, weights: dict[str, Tensor], what: str) -> None:
+    """Load weights into a network without classifier; those of a 1,000-class head are dropped, all others must match.
+
+    ValueError names keys that are missing or unexpected, and shapes that differ.
+    """
+    own = model.state_dict()
+    # DenseNet's files date from a time when a layer's name could hold a dot.
+    weights = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key): x for key, x in weights.items()}
+    weights = {key: x for key, x in weights.items() if key in own or x.shape[:1] not in ((1000,), (1001,))}
+    wrong = {"wrong shape": [f"{key} {list(x.shape)} instead of {list(own[key].shape)}" for key, x in weights.items()
+                             if key in own and x.shape != own[key].shape]}
+    if not wrong["wrong shape"]:
+        wrong["missing"], wrong["unexpected"] = model.load_state_dict(weights, strict=False)
+    if any(wrong.values()):
+        parts = [f"{len(keys)} {word} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})"
+                 for word, keys in wrong.items() if keys]
+        raise ValueError(f"the weights do not fit {what}: {'; '.join(parts)}; set image_weights to a file of this "
+                         "very network")
+
+
+class ImageEncoder(nn.Module):
+    """A network without its classification layer: one vector a picture, [N, width] (SE-ResNeXt-50: 2048, small: 512).
+
+    `name` is the setting `seresnext`, `weights` the setting `image_weights`. `forward` takes bytes (0 to 255, uint8
+    or float) [N, 3, H, W], red first, and prepares them as this network expects. Shown in 05. Used in 05 and 06.
     """
 
-    def __init__(self, name: str, weights: str | None = "imagenet"):
+    def __init__(self, name: str, weights: str = "none"):
         super().__init__()
-        one_of("image encoder", name, ("small", *pretrainedmodels.model_names))
-        self.model = SmallSENet() if name == "small" else pretrainedmodels.__dict__[name](pretrained=weights)
-        del self.model.last_linear
-        self.width = self.model.layer4[-1].bn3.num_features
+        self.model, self.width, self.expects = make_backbone(name)
+        found, self.weights_from = load_weights(name, weights)
+        if found is not None:
+            fit_weights(self.model, found, f"{name} ({self.weights_from})")
+        for statistic in ("mean", "std"):  # buffers, so that they move to the encoder's device
+            self.register_buffer(statistic, torch.tensor(getattr(self.expects, statistic)), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.contiguous(memory_format=torch.channels_last)  # the faster layout for convolutions
-        return self.model.features(pixels).mean((2, 3))
+        pixels = normalise(pixels, self.mean, self.std)
+        if self.expects.bgr:
+            pixels = pixels.flip(1)
+        vectors = self.model(pixels.contiguous(memory_format=torch.channels_last))  # the faster layout
+        return getattr(vectors, "logits", vectors).flatten(1)  # Inception returns more than one thing in training
+
+
+def check_image_encoder(profile: Profile) -> None:
+    """ValueError if the profile's network cannot take its pictures or tiles, and which settings would do.
+
+    Takes no time: on PyTorch's meta device a tensor has a shape and no content.
+    """
+    name, side = profile.seresnext, profile.image_size
+    with torch.device("meta"):
+        encoder = ImageEncoder(name).to("meta").eval()
+    if why := refusal(encoder, side):
+        raise ValueError(f"{name} cannot take pictures of {side} x {side} pixels ({why}); set image_size="
+                         f"{encoder.expects.size}")
+    if profile.regions == "tiles":
+        side = profile.region_size // profile.grid
+        if why := refusal(encoder, side):
+            raise ValueError(f"{name} cannot take {side} x {side} tiles ({why}); set regions=feature_map, which reads "
+                             "the features of the whole picture")
+
+
+@torch.inference_mode()
+def refusal(encoder: ImageEncoder, side: int) -> str:
+    """Why an encoder in eval mode cannot take pictures of `side` x `side` pixels; "" if it can. Used in 06."""
+    pixels = torch.zeros(2, 3, side, side, device=encoder.mean.device)
+    try:
+        shape = list(encoder(pixels).shape)
+    except Exception as error:  # each network fails in its own way
+        return one_line(error)
+    return "" if shape == [2, encoder.width] else f"a picture gives {shape[1:]} numbers instead of {encoder.width}"
+
+
+def picture_rows(pictures: np.ndarray | DecodedPictures, split: pd.DataFrame, part: str, size: int,
+                 seed: int) -> RowDataset:
+    """The pictures and labels of one part of the split, as bytes; those of the training part are augmented."""
+    places = np.flatnonzero(split["part"] == part)
+    change = augmentation(size) if part == "train" else nn.Identity()
+    return RowDataset(lambda i: {"pixels": change(torch.tensor(pictures[places[i]]))}, split["label_id"].iloc[places],
+                      seed if part == "train" else None)
+
+
+def image_features(encoder: nn.Module, pictures: np.ndarray | DecodedPictures, batch: int, dtype: torch.dtype,
+                   label: str) -> Tensor:
+    """The vectors [N, width] of all pictures, in their order."""
+    groups = [np.arange(start, min(start + batch, len(pictures))) for start in range(0, len(pictures), batch)]
+    return encode_rows(encoder, groups, lambda places: {"pixels": torch.tensor(pictures[places])}, dtype, label)
 
 
 def image_encoder_stage(run: Run) -> Path:
@@ -1454,33 +1786,39 @@ def image_encoder_stage(run: Run) -> Path:
 
     def build(out: Path) -> dict:
         profile = run.profile
-        split, pictures = read_split(run), cached_pictures(run, profile.image_size)
         set_seed(run.seed)
-        model = ImageEncoder(profile.seresnext)
+        with group().main_process_first():  # one fetches the weights and decodes the pictures
+            model = ImageEncoder(profile.seresnext, profile.image_weights)  # first, in case there are no weights
+            split, pictures = read_split(run), cached_pictures(run, profile.image_size)
         classifier = Classifier(model, model.width, dropout=0.0)
-        augment = augmentation(profile.image_size)
-
-        def dataset(part: str, change: Callable[[Tensor], Tensor]) -> RowDataset:
-            positions = np.flatnonzero(split["part"] == part)
-            return RowDataset(lambda i: {"pixels": normalise(change(torch.tensor(pictures[positions[i]])))},
-                              split["label_id"].iloc[positions])
-
-        curve = finetune(classifier, dataset("train", augment), dataset("val", lambda picture: picture), folder=out,
-                         profile=profile, collate=torch.utils.data.default_collate, epochs=profile.image_epochs,
-                         batch=profile.image_batch, lr=profile.image_lr, seed=run.seed,
-                         weight_decay=0.0)  # AdamW without decay: Adam
+        if profile.freeze_encoders:
+            features = image_features(model, pictures, profile.image_batch, precision(profile), "seresnext")
+            curve = fit_head(classifier.head, features, torch.tensor(split["label_id"]), split["part"].to_numpy())
+        else:
+            if group().num_processes > 1 and device().type == "cuda":  # statistics of the whole batch
+                nn.SyncBatchNorm.convert_sync_batchnorm(classifier)
+            datasets = {part: picture_rows(pictures, split, part, profile.image_size, run.seed)
+                        for part in ("train", "val")}
+            curve = finetune(classifier, **datasets, folder=out, profile=profile, epochs=profile.image_epochs,
+                             batch=profile.image_batch, lr=profile.image_lr, seed=run.seed,
+                             weight_decay=0.0,  # AdamW without decay: Adam
+                             collate=torch.utils.data.default_collate)
         if group().is_main_process:
             save_file(model.cpu().state_dict(), out / "encoder.safetensors")
             save_trained(out, classifier.head, curve)
-        return curve_metrics(curve) | {"parameters": sum(p.numel() for p in classifier.parameters())}
+        return curve_metrics(curve) | {"parameters": sum(p.numel() for p in classifier.parameters()),
+                                       "weights_from": model.weights_from}
 
+    check_image_encoder(run.profile)  # before hours of training, not after
+    file = weight_file(run.profile.image_weights)
     return stage(run, "seresnext", build, READS["seresnext"],
-                 inputs={"pictures": catalogue_hash(catalogue_folder(run))})
+                 inputs={"pictures": catalogue_hash(catalogue_folder(run)), **(
+                     {"weights": hash_file(file)} if file and file.exists() else {})}, together=True)
 
 
 def load_image_encoder(run: Run) -> ImageEncoder:
     """The fine-tuned image encoder of stage `seresnext`, in eval mode. Used in 05 and 06."""
-    encoder = ImageEncoder(run.profile.seresnext, weights=None)
+    encoder = ImageEncoder(run.profile.seresnext)
     encoder.load_state_dict(load_file(read_stage(run, "seresnext") / "encoder.safetensors"))
     return encoder.eval()
 
@@ -1518,6 +1856,16 @@ class RegionEncoder(nn.Module):
         return regional_features(self.encoder, pixels, self.grid)
 
 
+def represent_pictures(run: Run, name: str, pictures_of: Callable[[int], Sequence]) -> Tensor:
+    """The vectors [N, width] of stage `name`, of the pictures that `pictures_of(pixels a side)` gives."""
+    profile, encoder = run.profile, load_image_encoder(run)
+    if name == "image_whole" or profile.regions == "feature_map":
+        return image_features(encoder, pictures_of(profile.image_size), profile.image_batch, precision(profile), name)
+    with group().main_process_first():  # one decodes the pictures
+        pictures = pictures_of(profile.region_size)
+    return image_features(RegionEncoder(encoder, profile.grid), pictures, 4, precision(profile), name)
+
+
 def image_features_stage(run: Run, name: str) -> Path:
     """Stage `image_regions` (P) or `image_whole` (whole pictures): features.safetensors, [N, width] by product id.
 
@@ -1526,24 +1874,13 @@ def image_features_stage(run: Run, name: str) -> Path:
     """
 
     def build(out: Path) -> dict:
-        profile = run.profile
-        whole = name == "image_whole" or profile.regions == "feature_map"
-        pictures = cached_pictures(run, profile.image_size if whole else profile.region_size)
-        encoder = load_image_encoder(run)
-        batch = profile.image_batch if whole else 4  # a picture is 256 tiles
-        bar = Progress(name, len(pictures), "pictures")
-        slices = (pictures[start:start + batch] for start in range(0, len(pictures), batch))
-        batches = ({"pixels": normalise(torch.tensor(part))} for part in slices)
-        encoder = encoder if whole else RegionEncoder(encoder, profile.grid)
-        vectors = []
-        for found in encode(encoder, batches):
-            vectors.append(found)
-            bar.advance(len(found))
-        bar.close()
-        save_tensors(out / "features.safetensors", np.sort(read_split(run)["product_id"]), features=torch.cat(vectors))
-        return {"width": vectors[0].shape[1]}
+        features = represent_pictures(run, name, partial(cached_pictures, run))
+        if group().is_main_process:
+            save_tensors(out / "features.safetensors", np.sort(read_split(run)["product_id"]), features=features)
+        return {"width": features.shape[1]}
 
-    return stage(run, name, build, READS[name], inputs={"pictures": catalogue_hash(catalogue_folder(run))})
+    return stage(run, name, build, READS[name], inputs={"pictures": catalogue_hash(catalogue_folder(run))},
+                 together=True)
 
 
 # ======================================================================================================
@@ -1930,4 +2267,5 @@ def describe_stages(run: Run, *names: str) -> pd.DataFrame:
     """What the manifests of these stages say: seconds, peak memory, metrics. Used in 03 to 07."""
     manifests = [read_manifest(run, name) for name in names]
     return pd.DataFrame([{"stage": m["stage"], "seconds": m["seconds"], "peak memory (GB)": m["peak_memory_gb"],
-                          **{key: round(value, 4) for key, value in m["metrics"].items()}} for m in manifests])
+                          **{key: value if isinstance(value, str) else round(value, 4)
+                             for key, value in m["metrics"].items()}} for m in manifests])
