@@ -244,9 +244,10 @@ class Run:
     def options(self) -> list[str]:
         """What names this run on run.py's command line."""
         base = PROFILES[self.profile.name]
-        changed = [f"--set={field.name}={getattr(self.profile, field.name)}" for field in dataclasses.fields(Profile)
+        changed = [f"{field.name}={getattr(self.profile, field.name)}" for field in dataclasses.fields(Profile)
                    if getattr(self.profile, field.name) != getattr(base, field.name)]
-        return ["--profile", self.profile.name, "--split", self.split, "--seed", str(self.seed), *changed]
+        return ["--profile", self.profile.name, "--split", self.split, "--seed", str(self.seed),
+                *(word for setting in changed for word in ("--set", setting))]
 
     @property
     def command(self) -> str:
@@ -339,7 +340,7 @@ READS = {"splits": (), "text": ("splits",), "baselines": ("text", "splits"),
          **{f"{encoder}_{field}": ("text", "splits") for encoder in TEXT_ENCODERS for field in FIELDS},
          "seresnext": ("splits",), "image_regions": ("splits", "seresnext"), "image_whole": ("splits", "seresnext"),
          "fusion": ("splits", *REPRESENTATIONS.values())}
-LIBRARIES = ("torch", "torchvision", "transformers", "pretrainedmodels", "scikit-learn", "numpy", "pandas")
+LIBRARIES = ("torch", "torchvision", "transformers", "pretrainedmodels", "timm", "scikit-learn", "numpy", "pandas")
 
 
 class DamagedStage(RuntimeError):
@@ -1280,8 +1281,8 @@ def load_checkpoint(source: str, max_length: int, gradient_checkpointing: bool =
         raise ValueError(f"text checkpoint {source!r} cannot be loaded: it is neither a whole folder here, nor in the "
                          f"hub's cache, nor can it be had from the hub ({str(error).splitlines()[0]})") from error
     if len(tokenizer) < model.config.vocab_size / 2:  # transformers makes an empty one where files are missing
-        raise ValueError(f"text checkpoint {source!r}: the model has {model.config.vocab_size} tokens and its tokenizer "
-                         f"{len(tokenizer)}; the tokenizer's files are missing")
+        raise ValueError(f"text checkpoint {source!r}: the model has {model.config.vocab_size} tokens and its "
+                         f"tokenizer {len(tokenizer)}; the tokenizer's files are missing")
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
     if tokenizer.pad_token is None:

@@ -212,7 +212,7 @@ class Job:
     @property
     def command(self) -> list[str]:
         return [sys.executable, str(Path(__file__).resolve()), "stage", self.name, *self.run.options,
-                "--set=processes=1"]
+                "--set", "processes=1"]
 
     def __str__(self) -> str:
         return f"{self.name}  {self.run.split}  seed {self.run.seed}"

@@ -198,7 +198,7 @@ def recipes(run, monkeypatch):
     """{stage: (settings its code reads, what it reads)} of all stages, without making them."""
     found = {}
 
-    def note(run, name, build, reads=(), inputs=None):
+    def note(run, name, build, reads=(), inputs=None, together=False):
         found[name] = (set(h.code_and_settings(build)[1]), {*reads, *(inputs or {})})
 
     monkeypatch.setattr(h, "stage", note)
@@ -228,6 +228,8 @@ def test_stages_depend_on_the_settings_that_decide_them(recipes):
               "scores": {"bootstrap"}}
     for name, settings in needed.items():
         assert settings <= recipes[name][0], name
+    for name in ("camembert_title", "seresnext"):
+        assert {"freeze_encoders", "precision", "compile", "early_stopping", "device_batch"} <= recipes[name][0], name
     for name in ("camembert_title", "flaubert_description"):  # the checkpoint of this encoder, not of the other
         assert "encoder" in recipes[name][1] and not recipes[name][0] & {"camembert", "flaubert"}
 
