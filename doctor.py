@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pretrainedmodels
 import psutil
 import rich.box
 import torch
@@ -239,7 +238,6 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.safetensors.ind
                 "pytorch_model.bin.index.json")
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("sentencepiece.bpe.model",), ("spm.model",),
                    ("vocab.txt",))  # any of these sets is a tokenizer
-MIRROR = "timm/legacy_seresnext50_32x4d.in1k"  # the same weights as pretrainedmodels' se_resnext50_32x4d
 DOWNLOAD = "or download it elsewhere and name its folder: --set {}=<folder>"
 
 
@@ -311,6 +309,10 @@ def why_unloadable(folder: Path) -> str:
 
 def check_image_weights(run: h.Run) -> Check:
     """Where the image encoder's weights would come from, and where those of a finished stage came from."""
+    try:
+        h.check_image_encoder(run.profile)
+    except ValueError as error:
+        return Check("seresnext", "missing", str(error), "choose another network or other settings")
     state, found = find_image_weights(run.profile.seresnext, run.profile.image_weights)
     for split in h.SPLITS:
         manifest = h.read_json(dataclasses.replace(run, split=split).folder / "seresnext" / "manifest.json") or {}
@@ -321,25 +323,17 @@ def check_image_weights(run: h.Run) -> Check:
 
 
 def find_image_weights(name: str, weights: str) -> tuple[str, str]:
-    """("ok" or "missing", where the weights would come from): a file, a local cache, an address that answers."""
-    if name == "small" or weights == "none":
-        return "ok", f"{name}, from scratch: no weights needed"
-    if weights != "imagenet":
-        return ("ok", f"file {weights}") if Path(weights).is_file() else ("missing", f"there is no file {weights}")
-    if name not in pretrainedmodels.pretrained_settings:
-        return "ok", f"{name}: its library downloads the weights when they are first used"
-    url = pretrainedmodels.pretrained_settings[name]["imagenet"]["url"]
-    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if file.exists():
-        return "ok", f"{name}, file {file}"
-    if not (reason := why_unreachable(url)):
-        return "ok", f"{name}, at {url}: downloaded when it is first used"
-    if name == "se_resnext50_32x4d":
-        if any(is_cached(MIRROR, weight_file) for weight_file in WEIGHT_FILES):
-            return "ok", f"{name}, {MIRROR} in the hub's local cache"
-        if not why_unreachable(hf_hub_url(MIRROR, "model.safetensors")):
-            return "ok", f"{name}, {MIRROR} on the hub: downloaded when it is first used"
-    return "missing", f"{name}: no file {file}, {reason}"
+    """("ok" or "missing", where the weights would come from): the first source that is here or answers."""
+    sources = h.weight_sources(name, weights)
+    if not sources:
+        return "ok", f"{name}: random weights"
+    for source in sources:
+        if source.here:
+            return "ok", f"{name}: {source.label}"
+        if source.url and not why_unreachable(source.url):
+            return "ok", f"{name}: {source.label}, downloaded when it is first used"
+    reasons = [why_unreachable(source.url) for source in sources if source.url]
+    return "missing", "; ".join([f"{name}: not in " + ", ".join(source.label for source in sources), *reasons])
 
 
 def print_checks(console: Console, checks: Iterable[Check]) -> None:

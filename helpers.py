@@ -1555,10 +1555,11 @@ def remove_classifier(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class WeightSource:
-    """A place where weights are looked for. `here`: they lie on this machine, so that `load` asks no network."""
+    """A place where weights are looked for. `here`: they lie on this machine, so that `load` does not ask `url`."""
     label: str
     here: bool
     load: Callable[[], dict[str, Tensor]]
+    url: str = ""
 
 
 def weight_sources(name: str, weights: str) -> list[WeightSource]:
@@ -1575,7 +1576,7 @@ def weight_sources(name: str, weights: str) -> list[WeightSource]:
     if library == "timm":
         found = timm.get_pretrained_cfg(model)
         if repository := found.hf_hub_id:
-            return [WeightSource(f"model hub {repository}", in_hub_cache(repository), partial(read_timm, model))]
+            return [on_hub(repository, partial(read_timm, model))]
         if not found.url:
             raise ValueError(f"timm has no weights for {model}; set image_weights to a file, or to none")
         return published_at("timm", found.url)
@@ -1583,7 +1584,7 @@ def weight_sources(name: str, weights: str) -> list[WeightSource]:
         return published_at("torchvision", torchvision.models.get_model_weights(model).DEFAULT.url)
     found = published_at("pretrainedmodels", pretrained_settings(name)["url"])
     if name == "se_resnext50_32x4d":  # the address is often down
-        found.append(WeightSource(f"model hub {SERESNEXT_MIRROR}", in_hub_cache(SERESNEXT_MIRROR), read_mirror))
+        found.append(on_hub(SERESNEXT_MIRROR, read_mirror))
     return found
 
 
@@ -1596,12 +1597,13 @@ def published_at(owner: str, url: str) -> list[WeightSource]:
     """A file in torch hub's cache, then the address it comes from."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
     return [WeightSource(f"torch hub cache {path.name}", path.exists(), partial(read_checked, path)),
-            WeightSource(f"{owner}, {url}", False, partial(download_checked, url, path))]
+            WeightSource(f"{owner}, {url}", False, partial(download_checked, url, path), url)]
 
 
-def in_hub_cache(repository: str) -> bool:
-    """Whether model.safetensors of a repository on the model hub lies on this machine."""
-    return isinstance(try_to_load_from_cache(repository, "model.safetensors"), str)
+def on_hub(repository: str, load: Callable[[], dict[str, Tensor]]) -> WeightSource:
+    """model.safetensors of a repository on the model hub, or in the hub's cache on this machine."""
+    here = isinstance(try_to_load_from_cache(repository, "model.safetensors"), str)
+    return WeightSource(f"model hub {repository}", here, load, hf_hub_url(repository, "model.safetensors"))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

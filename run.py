@@ -389,6 +389,7 @@ def study(plan,
     chosen = choose_notebooks(from_, only)
     if dry_run:
         return costs.print_costs(console, list(dict.fromkeys(step.run for step in plan)))
+    h.check_image_encoder(plan[0].run.profile)
     catalogue_hash(plan[0].run)  # refuses a missing catalogue, makes the sample
     graph = stage_graph([step for step in plan if step.notebook in chosen])
     if h.one_of("place", on, ("here", "ray")) == "ray":

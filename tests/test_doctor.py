@@ -201,6 +201,8 @@ def test_image_weights_are_looked_for_in_each_place(tmp_path, monkeypatch, make_
     (run.folder / "seresnext").mkdir(parents=True)
     h.write_json(run.folder / "seresnext" / "manifest.json", {"metrics": {"weights_from": "a mirror"}})
     assert "a mirror" in doctor.check_image_weights(run).found
+    refused = doctor.check_image_weights(make_run(seresnext="torchvision/vit_b_16", image_size=224, region_size=224))
+    assert refused.state == "missing" and "cannot take 14 x 14 tiles" in refused.found
 
 
 def test_an_address_that_does_not_answer_is_said(monkeypatch):
