@@ -6,8 +6,8 @@ The notebooks import this module as ``h``. Sections follow the notebooks; a sect
     1  Settings            words, profiles, runs                                      01
     2  Progress            one line that moves, in Jupyter, a terminal or a log       03
     3  Stages              manifests: skip what is done, redo what is stale           01
-    4  Catalogue           both public layouts, checks, labels                        01
-    5  Splits              90-10 and 80-20, stratified, keyed by product id           01
+    4  Catalogue           both public layouts, checks, labels, plain text            01
+    5  Splits              90-10 and 80-20, stratified, duplicates kept together      01
     6  Text                cleaning, tokenizers, TF-IDF baseline                      02
     7  Scores              accuracy, F1, bootstrap intervals, paired test             02, 08
     8  Fine-tuning         encoder + linear head, through transformers.Trainer        03
@@ -36,23 +36,29 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
+import tempfile
 import textwrap
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
 
+import joblib
 import matplotlib.pyplot as plt
 import nltk
 import numpy as np
 import pandas as pd
 import pretrainedmodels
+import scipy.fft
 import scipy.stats
 import seaborn as sns
 import sentencepiece
@@ -63,11 +69,13 @@ from IPython.display import Markdown, display
 from PIL import Image
 from pretrainedmodels.models.senet import SENet, SEResNeXtBottleneck
 from safetensors.torch import load_file, save_file
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from selectolax.lexbor import LexborHTMLParser
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from sklearn.pipeline import make_pipeline
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -618,37 +626,203 @@ def catalogue_hash(folder: Path) -> str:
     return hash_json([*(hash_file(path) for path in (folder / layout["x"], folder / layout["y"], CLASSES)), sizes])
 
 
-def select_rows(products: pd.DataFrame, rows: str) -> pd.DataFrame:
+def select_rows(products: pd.DataFrame, rows: str, limit: int = 0, seed: int = 0) -> pd.DataFrame:
     """The rows that a protocol keeps: "described" (a description that is not blank; the paper's subset) or "all".
 
-    Used in 01.
+    Under "all" a missing description is the empty text. The encoders read it as `<s></s>` and learn during
+    fine-tuning what a missing text means; its vector is theirs, and so within the distribution that standardising
+    sees, as a vector of zeros would not be. To TF-IDF it is an empty document.
+
+    `limit` above 0 keeps so many of them: at least 3 of each class (or all, if it has fewer), and class shares as
+    close as whole rows allow (Sainte-Lague's method). `seed` chooses, the order of the file does not. ValueError,
+    with the smallest limit that works, if no split could be made of so few. Used in 01.
     """
-    one_of("rows", rows, CHOICES["rows"])
-    if rows == "all":
-        return products.reset_index(drop=True)
-    return products[products["description"].str.strip() != ""].reset_index(drop=True)
+    if one_of("rows", rows, CHOICES["rows"]) == "described":
+        products = products[products["description"].str.strip() != ""]
+    products = products.reset_index(drop=True)
+    if not limit or limit >= len(products):
+        return products
+    classes = products["label_id"].nunique()
+    needed = {split: rows_needed(classes, split) for split in SPLITS}
+    if limit < min(needed.values()):
+        raise ValueError(f"limit={limit} is too small for {classes} classes; set it to at least "
+                         + " or ".join(f"{n} (split {split})" for split, n in needed.items()))
+    labels = products.sort_values("product_id")["label_id"].sample(frac=1, random_state=seed)
+    turn = labels.groupby(labels).cumcount()  # 0 for a class's first row
+    claim = (labels.map(labels.value_counts()) / (turn + 0.5)).mask(turn < 3, np.inf)
+    kept = claim.sort_values(ascending=False, kind="stable").index[:limit]
+    return products.loc[kept.sort_values()].reset_index(drop=True)
+
+
+def rows_needed(classes: int, split: str) -> int:
+    """The least number of rows whose test part and validation part can both hold a row of each class."""
+    return next(n for n in range(classes, 10**6) if min(part_sizes(n, split)) >= classes)
+
+
+def part_sizes(n: int, split: str) -> tuple[int, int]:
+    """Rows of the test and of the validation part of `n` rows, rounded up as scikit-learn does."""
+    test = math.ceil(SPLITS[one_of("split", split, SPLITS)] * n)
+    return test, math.ceil(VALIDATION_SHARE * (n - test))
+
+
+def strip_html(text: str) -> str:
+    """Plain text: entities decoded, each tag a space, runs of white space one space. Shown in 02."""
+    text = html.unescape(text)
+    if "<" in text:
+        page = LexborHTMLParser(text.replace("&", "&amp;"))  # so that the parser decodes nothing a second time
+        page.strip_tags(["script", "style"])
+        text = page.root.text(separator=" ") if page.root else ""
+    return " ".join(text.split())
+
+
+@contextmanager
+def open_picture(path: str | Path) -> Iterator[Image.Image]:
+    """The picture, to be read within; ValueError names a file that cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            yield picture
+    except OSError as error:
+        raise ValueError(f"picture {path} cannot be read ({error}); download it again or remove its row") from error
+
+
+def cache_file(name: str, write: Callable[[Path], None]) -> Path:
+    """`data/cache/<name>`, made by `write(path)` if it is missing; it appears only when it is whole."""
+    path = ROOT / "data" / "cache" / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial_path = path.with_name(f"{name}.{os.getpid()}.partial")
+        try:
+            write(partial_path)
+            partial_path.rename(path)
+        finally:
+            partial_path.unlink(missing_ok=True)
+    return path
 
 
 # ======================================================================================================
 # 5  Splits
 # ======================================================================================================
-def make_split(products: pd.DataFrame, split: str, seed: int) -> pd.DataFrame:
+SAME_WORDS = 8     # a text of so many words is a copy of one that differs in its numbers alone
+HASH_SIDE = 16     # 16 x 16 = 256 signs describe a picture
+NEAR_SIGNS = 16    # pictures that differ in so many signs, or fewer, are near duplicates
+PLAIN_PICTURE = 4  # grey levels: a picture that deviates less from its mean shows nothing
+
+
+def text_key(text: str) -> str:
+    """What near-duplicate texts share: their words, without HTML, case, accents and punctuation.
+
+    Numbers are left out of texts of at least SAME_WORDS other words, where they are a price, a size or a reference in
+    the same seller's sentence. In shorter ones they count: "volume 3" is not "volume 4". "" if there is no word.
+    """
+    letters = unicodedata.normalize("NFKD", strip_html(text).casefold())
+    letters = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    words = re.findall(r"[^\W\d_]+", letters)
+    return " ".join(words if len(words) >= SAME_WORDS else re.findall(r"[^\W_]+", letters))
+
+
+def picture_signs(path: str | Path) -> np.ndarray:
+    """A perceptual hash, int8 [256] of 1 and -1: which low frequencies of the grey picture are above their median.
+
+    All 0 for a plain picture, such as a white placeholder: its signs would be noise.
+    """
+    side = 4 * HASH_SIDE
+    with open_picture(path) as picture:
+        picture.draft("L", (side, side))  # a JPEG is decoded at an eighth, a quarter or half of its size
+        grey = np.asarray(picture.convert("L").resize((side, side), Image.Resampling.BOX), dtype=np.float32)
+    if grey.std() < PLAIN_PICTURE:
+        return np.zeros(HASH_SIDE ** 2, dtype=np.int8)
+    low = scipy.fft.dctn(grey, norm="ortho")[:HASH_SIDE, :HASH_SIDE].ravel()
+    return np.where(low > np.median(low), 1, -1).astype(np.int8)
+
+
+def cached_signs(folder: Path, products: pd.DataFrame) -> np.ndarray:
+    """`picture_signs` [N, 256] of a catalogue's products, made once and kept in data/cache."""
+    def write(path: Path) -> None:
+        bar = Progress("comparing pictures", len(products), "pictures")
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
+                signs = np.stack(list(bar.track(pool.map(picture_signs, products["picture"]))))
+        finally:
+            bar.close()
+        save_tensors(path, products["product_id"], signs=signs)
+
+    code, _ = code_and_settings(picture_signs)
+    name = hash_json([code, catalogue_hash(folder), sorted(map(int, products["product_id"]))])[:16]
+    path = cache_file(f"signs-{name}.safetensors", write)
+    return load_tensors(path, products["product_id"])["signs"].numpy()
+
+
+def near_pairs(signs: np.ndarray, rows: int = 512) -> np.ndarray:
+    """Pairs of rows [K, 2], the earlier first, that differ in at most NEAR_SIGNS signs; a row of zeros is near none.
+
+    All pairs are compared, as matrix products of `rows` rows: half a minute for 85,000 pictures on 2 cores.
+    """
+    signs, found = signs.astype(np.float32), []
+    for start in range(0, len(signs), rows):
+        alike = signs[start:start + rows] @ signs[start:].T  # 256 - 2 x the number of differing signs
+        found.append(np.argwhere(alike >= signs.shape[1] - 2 * NEAR_SIGNS) + start)
+    pairs = np.concatenate(found)
+    return pairs[pairs[:, 0] < pairs[:, 1]]
+
+
+def duplicate_groups(products: pd.DataFrame, signs: np.ndarray) -> np.ndarray:
+    """A group number [N] for each product; linked products have the same one, directly or through others.
+
+    Two products are linked by the same title or the same description (`text_key`; empty texts link nothing) or by the
+    same or nearly the same picture (`near_pairs`).
+    """
+    links = [near_pairs(signs)]
+    for field in FIELDS:
+        keys = products[field].map(text_key).to_numpy()
+        rows = pd.Series(np.flatnonzero(keys != ""))
+        links.append(np.column_stack([rows.groupby(keys[rows]).transform("first"), rows]))
+    first, second = np.concatenate(links).T
+    graph = coo_array((np.ones(len(first), dtype=bool), (first, second)), shape=(len(products), len(products)))
+    return connected_components(graph, directed=False)[1]
+
+
+def make_split(products: pd.DataFrame, split: str, seed: int, groups: Sequence[int] | None = None) -> pd.DataFrame:
     """[product_id, label_id, part] with part train, val or test, stratified by class.
 
-    The test part is 10% or 20% of the rows, the validation part 10% of the others (paper, section V).
-    ValueError if a class has too few rows to be split. Shown in 01.
+    The test part is 10% or 20% of the rows, the validation part 10% of the others (paper, section V). With `groups`
+    (a number for each product) no group is in two parts, and the shares are kept as closely as whole groups allow.
+    ValueError if a class or all rows are too few to be split. Shown in 01.
     """
+    products = products.assign(group=range(len(products)) if groups is None else groups)
     products = products.sort_values("product_id")  # the file's order decides nothing
     counts = products["label_id"].value_counts()
     if counts.min() < 3:
         raise ValueError(f"class {counts.idxmin()} has {counts.min()} rows; a stratified split needs 3. "
                          "Use rows='all' or more rows")
-    rest, test = train_test_split(products, test_size=SPLITS[split], stratify=products["label_id"],
-                                  random_state=seed)
-    train, val = train_test_split(rest, test_size=VALIDATION_SHARE, stratify=rest["label_id"], random_state=seed)
+    if min(part_sizes(len(products), split)) < len(counts):
+        raise ValueError(f"{len(products)} rows of {len(counts)} classes are too few for split {split}; it needs "
+                         f"{rows_needed(len(counts), split)}: set limit to at least that, or to 0 for all rows")
+    cut = cut_rows if groups is None else cut_groups
+    rest, test = cut(products, SPLITS[split], seed)
+    train, val = cut(rest, VALIDATION_SHARE, seed)
+    if untrained := sorted(set(counts.index) - set(train["label_id"])):
+        raise ValueError(f"class {untrained[0]} has no training row: all its rows are copies of each other. "
+                         "Use grouped=False, more rows or another seed")
     parts = {"train": train, "val": val, "test": test}
     table = pd.concat([rows[["product_id", "label_id"]].assign(part=part) for part, rows in parts.items()])
     return table.sort_values("product_id", ignore_index=True)
+
+
+def cut_rows(rows: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(the rest, a stratified random share of the rows)."""
+    return tuple(train_test_split(rows, test_size=share, stratify=rows["label_id"], random_state=seed))
+
+
+def cut_groups(rows: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(the rest, a share of the rows), no group in both: of the 1 / share folds that with the fairest class counts."""
+    labels = rows["label_id"].to_numpy()
+    fair = share * np.bincount(labels)
+    folds = StratifiedGroupKFold(round(1 / share), shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a class has fewer rows than there are folds: one is enough
+        rest, part = min(folds.split(rows, labels, rows["group"]), key=lambda cut: np.abs(
+            np.bincount(labels[cut[1]], minlength=len(fair)) - fair).sum())
+    return rows.iloc[rest], rows.iloc[part]
 
 
 def split_stage(run: Run) -> Path:
@@ -656,8 +830,10 @@ def split_stage(run: Run) -> Path:
     folder = catalogue_folder(run)
 
     def build(out: Path) -> dict:
-        products = select_rows(load_catalogue(folder), run.profile.rows)
-        table = make_split(products, run.split, run.seed)
+        profile = run.profile
+        products = select_rows(load_catalogue(folder), profile.rows, profile.limit, run.seed)
+        groups = duplicate_groups(products, cached_signs(folder, products)) if profile.grouped else None
+        table = make_split(products, run.split, run.seed, groups)
         table.to_csv(out / "split.csv", index=False)
         return {part: int(n) for part, n in table["part"].value_counts().items()}
 
@@ -672,14 +848,8 @@ def read_split(run: Run) -> pd.DataFrame:
 # ======================================================================================================
 # 6  Text
 # ======================================================================================================
-def strip_html(text: str) -> str:
-    """Plain text: entities decoded, each tag a space, runs of white space one space. Shown in 02."""
-    text = html.unescape(text)
-    if "<" in text:
-        page = LexborHTMLParser(text.replace("&", "&amp;"))  # so that the parser decodes nothing a second time
-        page.strip_tags(["script", "style"])
-        text = page.root.text(separator=" ") if page.root else ""
-    return " ".join(text.split())
+split_words = partial(nltk.word_tokenize, language="french", preserve_line=True)  # no sentences: needs no download
+MANY_TEXTS = 10_000  # from here on processes save more time than their start takes
 
 
 def clean_text(text: str, how: str = "paper") -> str:
@@ -690,7 +860,29 @@ def clean_text(text: str, how: str = "paper") -> str:
     text = strip_html(text)
     if how == "light":
         return text
-    return " ".join(nltk.word_tokenize(text, language="french", preserve_line=True)).lower()
+    return " ".join(split_words(text)).lower()
+
+
+def clean_texts(texts: Sequence[str], how: str, label: str) -> list[str]:
+    """`clean_text` of each text, in processes if they are many."""
+    plain = [strip_html(text) for text in texts]
+    return plain if how == "light" else [" ".join(words).lower() for words in map_texts(split_words, plain, label)]
+
+
+def map_texts(function: Callable[[str], object], texts: Sequence[str], label: str) -> Iterator:
+    """`function(text)` of each text in their order, shown as progress; in one process for each CPU if they are many.
+
+    `function` should be a library's: one of this module would make each process load all that it imports.
+    """
+    bar = Progress(label, len(texts), "texts")
+    if len(texts) < MANY_TEXTS:
+        yield from bar.track(map(function, texts))
+    else:
+        share = len(texts) // (16 * joblib.cpu_count()) + 1  # of one message: `function` is sent with each
+        work = joblib.Parallel(joblib.cpu_count(), return_as="generator", batch_size=share, pre_dispatch="all")
+        yield from bar.track(work(joblib.delayed(function)(text) for text in texts))
+        joblib.externals.loky.get_reusable_executor().shutdown()  # they would wait, and keep their memory
+    bar.close()
 
 
 def text_stage(run: Run) -> Path:
@@ -699,10 +891,8 @@ def text_stage(run: Run) -> Path:
 
     def build(out: Path) -> dict:
         products = load_catalogue(folder).set_index("product_id").loc[read_split(run)["product_id"]].reset_index()
-        bar = Progress("cleaning", len(products) * len(FIELDS), "texts")
         for field in FIELDS:
-            products[field] = [clean_text(text, run.profile.clean) for text in bar.track(products[field])]
-        bar.close()
+            products[field] = clean_texts(products[field], run.profile.clean, f"cleaning each {field}")
         products[["product_id", *FIELDS]].to_csv(out / "text.csv", index=False)
         return {"rows": len(products)}
 
@@ -1036,10 +1226,37 @@ def load_text_model(run: Run, encoder: str, texts: Sequence[str], folder: Path) 
 
 
 def tokenise(tokenizer, texts: Sequence[str], max_length: int) -> list[dict[str, list[int]]]:
-    """input_ids and attention_mask of each text, cut at `max_length` tokens, not padded. Used in 02 to 04."""
-    found = tokenizer(list(texts), truncation=True, max_length=max_length)
-    return [{"input_ids": ids, "attention_mask": mask} for ids, mask
-            in zip(found["input_ids"], found["attention_mask"])]
+    """input_ids and attention_mask of each text, cut at `max_length` tokens, not padded.
+
+    A tokenizer in Rust takes all texts in one call. One in Python, such as FlauBERT's, takes them one by one; if they
+    are many, in processes, and the ids are kept in data/cache under a name made of the tokenizer's files and the texts.
+    An empty text, as of a missing description, has the opening and the closing token. Used in 02 to 04.
+    """
+    texts = list(texts)
+    if tokenizer.is_fast:
+        ids = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
+    elif len(texts) < MANY_TEXTS:
+        ids = [tokenizer.encode(text, truncation=True, max_length=max_length) for text in texts]
+    else:
+        ids = cached_ids(tokenizer, texts, max_length)
+    return [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]
+
+
+def cached_ids(tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
+    """The token ids of each text; computed once, then read from data/cache: ids one after another, and their ends."""
+    def write(path: Path) -> None:
+        encode = partial(tokenizer.encode, truncation=True, max_length=max_length)
+        rows = list(map_texts(encode, texts, "tokens"))
+        ends = torch.tensor([len(row) for row in rows]).cumsum(0)
+        save_file({"ids": torch.tensor([i for row in rows for i in row], dtype=torch.int32), "ends": ends}, path)
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {path.name: hash_file(path) for path in Path(folder).iterdir()}
+    key = [files, type(tokenizer).__name__, transformers.__version__, max_length, hash_json(texts)]
+    found = load_file(cache_file(f"tokens-{hash_json(key)[:16]}.safetensors", write))
+    ids, ends = found["ids"].tolist(), found["ends"].tolist()
+    return [ids[start:end] for start, end in zip([0, *ends], ends)]
 
 
 def text_features(encoder: TextEncoder, tokenizer, rows: list[dict], batch: int, label: str) -> Tensor:
@@ -1104,11 +1321,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def decode_picture(path: str | Path, size: int) -> np.ndarray:
     """The picture as uint8 [3, size, size] RGB; ValueError names a file that cannot be read. Shown in 05."""
-    try:
-        with Image.open(path) as picture:
-            small = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
-    except OSError as error:
-        raise ValueError(f"picture {path} cannot be read ({error}); download it again or remove its row") from error
+    with open_picture(path) as picture:
+        small = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
     return np.asarray(small).transpose(2, 0, 1)
 
 
