@@ -38,7 +38,9 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -49,6 +51,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache, lru_cache, partial
 from pathlib import Path
 
@@ -64,6 +67,8 @@ import seaborn as sns
 import sentencepiece
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import find_executable_batch_size, reduce
 from IPython import get_ipython
 from IPython.display import Markdown, display
 from PIL import Image
@@ -87,6 +92,7 @@ from transformers import (
     CamembertModel,
     CamembertTokenizer,
     DataCollatorWithPadding,
+    EarlyStoppingCallback,
     FlaubertConfig,
     FlaubertModel,
     FlaubertTokenizer,
@@ -96,6 +102,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 # ======================================================================================================
 # 1  Settings
@@ -163,7 +170,7 @@ PROFILES = {
     "sample": Profile(
         name="sample", data="data/sample", camembert="small", flaubert="small", seresnext="small",
         text_width=64, text_layers=2, vocabulary=2000, max_length=96, text_lr=1e-3, image_size=80,
-        image_epochs=12, image_lr=3e-3, bootstrap=1000),
+        image_epochs=12, image_lr=3e-3, bootstrap=1000, processes=1),
     "paper": Profile(name="paper", data="data/raw"),
 }
 CHOICES = {"rows": ("described", "all"), "clean": ("paper", "light"), "pooling": ("first", "mean"),
@@ -231,13 +238,17 @@ class Run:
         return f"{self.profile.name}, {self.protocol} rows, split {self.split}, seed {self.seed}"
 
     @property
+    def options(self) -> list[str]:
+        """What names this run on run.py's command line."""
+        base = PROFILES[self.profile.name]
+        changed = [f"--set={field.name}={getattr(self.profile, field.name)}" for field in dataclasses.fields(Profile)
+                   if getattr(self.profile, field.name) != getattr(base, field.name)]
+        return ["--profile", self.profile.name, "--split", self.split, "--seed", str(self.seed), *changed]
+
+    @property
     def command(self) -> str:
         """The command line that makes this run."""
-        base = PROFILES[self.profile.name]
-        changed = [f" --set {field.name}={getattr(self.profile, field.name)}" for field in dataclasses.fields(Profile)
-                   if getattr(self.profile, field.name) != getattr(base, field.name)]
-        return (f"python run.py study --profile {self.profile.name} --split {self.split} --seed {self.seed}"
-                + "".join(changed))
+        return f"python run.py study {shlex.join(self.options)}"
 
 
 def open_run(profile: str, split: str, seed: int, settings: dict | None = None) -> Run:
@@ -254,9 +265,14 @@ def runs_folder() -> Path:
     return Path(os.environ.get("STUDY_RUNS", ROOT / "runs"))
 
 
+def group() -> PartialState:
+    """The processes that make a stage together: this one alone, or all that torchrun or `accelerate launch` started."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))
+
+
 def device() -> torch.device:
-    """The first GPU where there is one, else the CPU. Used in 06."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's GPU where there is one, else the CPU. Used in 06."""
+    return group().device
 
 
 # ======================================================================================================
@@ -285,9 +301,7 @@ class Progress:
             self.shown = now
             rate = self.done / (now - self.start)
             left = (self.total - self.done) / rate
-            text = f"{self.label}: {self.done} of {self.total} {self.unit}, {rate:.1f} a second, {left:.0f} s left"
-            self._show(text)
-            report_event(text=text)
+            self.show(f"{self.label}: {self.done} of {self.total} {self.unit}, {rate:.1f} a second, {left:.0f} s left")
 
     def track(self, things: Iterable) -> Iterator:
         """The things one by one, each counted as a step."""
@@ -297,11 +311,15 @@ class Progress:
 
     def close(self) -> None:
         """Leave nothing behind in the notebook's output."""
-        self._show("")
-
-    def _show(self, text: str) -> None:
         if self.handle is not None:  # None outside of a notebook
+            self.handle.update(Markdown(""))
+
+    def show(self, text: str) -> None:
+        """Put `text` in the line's place."""
+        if self.handle is not None:
             self.handle.update(Markdown(text))
+        if group().is_main_process:
+            report_event(text=text)
 
 
 # ======================================================================================================
@@ -326,26 +344,35 @@ class DamagedStage(RuntimeError):
 
 
 def stage(run: Run, name: str, build: Callable[[Path], dict], reads: Sequence[str] = (),
-          inputs: dict[str, str] | None = None) -> Path:
+          inputs: dict[str, str] | None = None, together: bool = False) -> Path:
     """The folder of stage `name`, made by `build(folder) -> metrics` unless a matching one is there.
 
     It matches if the code of `build` and of the helpers it calls, the settings this code reads, the split,
     the seed, and the contents of `reads` (stages) and `inputs` (name -> hash) are the same. `build` writes
     into `<name>.partial`, which stays after a stop, so that a build that can resume finds what it left.
     Raises DamagedStage for a folder whose files have changed.
+
+    A build that several processes can do `together` is started in as many as the profile says; it is then called in
+    each of them, and its main process writes the files.
     """
     recipe = _recipe(run, name, build, reads, inputs or {})
     key = hash_json(recipe)
     folder, partial_folder = run.folder / name, run.folder / f"{name}.partial"
     manifest = read_manifest(run, name) if (folder / "manifest.json").exists() else None
     if manifest is None or manifest["key"] != key:
-        if read_json(partial_folder / "recipe.json") != recipe:
-            shutil.rmtree(partial_folder, ignore_errors=True)
-        partial_folder.mkdir(parents=True, exist_ok=True)
-        write_json(partial_folder / "recipe.json", recipe)
-        manifest = _build(build, partial_folder, {"stage": name, "key": key, **recipe})
-        shutil.rmtree(folder, ignore_errors=True)
-        partial_folder.rename(folder)
+        wanted = run.profile.processes or max(1, torch.cuda.device_count())
+        if together and wanted > 1 and group().num_processes == 1:
+            launch(run, name, wanted)
+        else:
+            with group().main_process_first():
+                if group().is_main_process:
+                    if read_json(partial_folder / "recipe.json") != recipe:
+                        shutil.rmtree(partial_folder, ignore_errors=True)
+                    partial_folder.mkdir(parents=True, exist_ok=True)
+                    write_json(partial_folder / "recipe.json", recipe)
+            if together or group().is_main_process:
+                _build(build, partial_folder, folder, {"stage": name, "key": key, **recipe})
+            group().wait_for_everyone()
     report_event(stage=str(folder.relative_to(runs_folder())), key=key)
     return folder
 
@@ -388,18 +415,50 @@ def read_manifest(run: Run, name: str) -> dict:
     return manifest
 
 
-def _build(build: Callable[[Path], dict], folder: Path, head: dict) -> dict:
-    """Run `build` in `folder` and write its manifest there."""
+def _build(build: Callable[[Path], dict], partial_folder: Path, folder: Path, head: dict) -> None:
+    """Run `build` in `partial_folder`, write its manifest there and rename it to `folder`."""
     start = time.perf_counter()
-    metrics = build(folder) or {}
-    (folder / "recipe.json").unlink()
-    files = {str(p.relative_to(folder)): hash_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-    manifest = {
+    metrics = build(partial_folder) or {}
+    if not group().is_main_process:
+        return
+    (partial_folder / "recipe.json").unlink()
+    files = {str(p.relative_to(partial_folder)): hash_file(p) for p in sorted(partial_folder.rglob("*")) if p.is_file()}
+    write_json(partial_folder / "manifest.json", {
         **head, "metrics": metrics, "seconds": round(time.perf_counter() - start, 2),
-        "peak_memory_gb": round(peak_memory_gb(), 3), "device": str(device()), "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES}, "files": files}
-    write_json(folder / "manifest.json", manifest)
-    return manifest
+        "peak_memory_gb": round(peak_memory_gb(), 3), "device": str(device()), "processes": group().num_processes,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES}, "files": files})
+    shutil.rmtree(folder, ignore_errors=True)
+    partial_folder.rename(folder)
+
+
+def launch(run: Run, name: str, processes: int) -> None:
+    """Make a stage in `processes` new processes of this machine, one for each GPU: `torchrun run.py stage <name>`.
+
+    New ones, because a notebook's own process may hold a GPU already, and then cannot be forked ("CUDA already
+    initialised"). ChildProcessError if they fail, with what they said.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+               str(Path(__file__).with_name("run.py")), "stage", name, *run.options]
+    with tempfile.TemporaryDirectory() as folder:
+        events, log = Path(folder) / "events", Path(folder) / "log"
+        events.touch()
+        threads = str(max(1, (os.cpu_count() or 1) // processes))
+        environment = {"OMP_NUM_THREADS": threads, **os.environ, "STUDY_EVENTS": str(events),
+                       "STUDY_PARENT": str(os.getpid())}
+        line = Progress(f"{name} in {processes} processes", 0)
+        with log.open("w") as output, events.open(encoding="utf-8") as lines:
+            child = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            while child.poll() is None:
+                time.sleep(0.5)
+                for event in map(json.loads, lines):
+                    if "text" in event:
+                        line.show(event["text"])
+        line.close()
+        if child.returncode:
+            said = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            errors = [text for text in said if text.startswith("error: ")] or said[-20:]
+            raise ChildProcessError(f"stage {name} failed in {processes} processes: " + "\n".join(errors))
 
 
 def peak_memory_gb() -> float:
@@ -476,6 +535,16 @@ def hash_file(path: Path) -> str:
 def _hash_bytes(path: Path, size: int, mtime: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_source(source: str) -> str:
+    """The hash of a local folder's or file's contents; any other name, such as one on the hub, as it is."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return hash_file(path)
+    if not path.is_dir():
+        return source
+    return hash_json({str(file.relative_to(path)): hash_file(file) for file in path.rglob("*") if file.is_file()})
 
 
 def hash_json(value: object) -> str:
@@ -1039,79 +1108,190 @@ class Classifier(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-class RowDataset(torch.utils.data.Dataset):
-    """Rows as the Trainer wants them: `row(i)` gives a dictionary of inputs, to which the label is added."""
+def mixed_seed(*numbers: int) -> int:
+    """One seed of 32 bits, all that torch's generator takes, from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
-    def __init__(self, row: Callable[[int], dict], labels: Sequence[int]):
-        self.row, self.labels = row, list(labels)
+
+class RowDataset(torch.utils.data.Dataset):
+    """Rows as the Trainer wants them: `row(i)` gives a dictionary of inputs, to which the label is added.
+
+    It is asked for draws: draw number `epoch * rows + i` is row i. With a `seed`, the draw decides whatever is random
+    in `row`, so that augmentation does not depend on which process makes it, or on what came before.
+    """
+
+    def __init__(self, row: Callable[[int], dict], labels: Sequence[int], seed: int | None = None):
+        self.row, self.labels, self.seed = row, list(labels), seed
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, i: int) -> dict:
-        return {**self.row(i), "labels": int(self.labels[i])}
+    def __getitem__(self, draw: int) -> dict:
+        i = draw % len(self)
+        if self.seed is None:
+            return {**self.row(i), "labels": int(self.labels[i])}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mixed_seed(self.seed, draw))
+            return {**self.row(i), "labels": int(self.labels[i])}
 
 
-class ProgressCallback(TrainerCallback):
-    """Shows the Trainer's steps through Progress."""
+class EpochSampler(torch.utils.data.Sampler):
+    """The draws of one epoch, in an order that seed and epoch alone decide: whole batches of `batch` rows.
 
-    def __init__(self, label: str):
-        self.label, self.bar = label, None
+    With `lengths`, rows of similar length share a batch, so that it pads little. The last batch is filled with rows
+    from the epoch's beginning. Shown in 03.
+    """
+
+    def __init__(self, rows: int, batch: int, seed: int, lengths: Sequence[int] | None = None):
+        self.rows, self.batch, self.seed, self.lengths, self.epoch = rows, batch, seed, lengths, 0
+
+    def __len__(self) -> int:
+        return math.ceil(self.rows / self.batch) * self.batch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
+        order = (torch.randperm(self.rows, generator=generator).tolist() if self.lengths is None
+                 else get_length_grouped_indices(self.lengths, self.batch, generator=generator))
+        yield from (self.epoch * self.rows + i for i in np.resize(order, len(self)).tolist())
+
+
+class StudyTrainer(Trainer):
+    """The Trainer with our order of rows, which neither a resume nor the number of processes changes."""
+
+    def __init__(self, *args, sampler: EpochSampler, **kwargs):
+        self.sampler = sampler
+        super().__init__(*args, **kwargs)
+
+    def _get_train_sampler(self, *args) -> EpochSampler:
+        return self.sampler
+
+
+class StudyCallback(TrainerCallback):
+    """Tells the sampler which epoch it is, shows progress, and saves a checkpoint every `steps` steps (0: never)."""
+
+    def __init__(self, label: str, sampler: EpochSampler, steps: int):
+        self.label, self.sampler, self.steps, self.bar = label, sampler, steps, None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = Progress(self.label, state.max_steps - state.global_step)
 
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.epoch = state.global_step * self.sampler.batch // len(self.sampler)
+
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.advance()
+        if self.steps and state.global_step % self.steps == 0:
+            control.should_save = control.should_log = True  # logged, so that an epoch's loss survives a stop
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
 
 
-def finetune(model: Classifier, train: RowDataset, val: RowDataset, folder: Path, *, collate: Callable,
-             epochs: int, batch: int, lr: float, weight_decay: float, seed: int, by_length: bool) -> pd.DataFrame:
+def finetune(model: Classifier, train: RowDataset, val: RowDataset, folder: Path, profile: Profile, *,
+             collate: Callable, epochs: int, batch: int, lr: float, weight_decay: float, seed: int,
+             lengths: Sequence[int] | None = None) -> pd.DataFrame:
     """Train `model` in place and leave it at its best epoch by validation macro-F1.
 
-    AdamW with linear decay, gradients clipped at 1.0, a checkpoint per epoch in `folder`/checkpoints, from which
-    it resumes after a stop. Returns the learning curve, one row an epoch: [epoch, train_loss, val_loss,
+    AdamW with linear decay, gradients clipped at 1.0. `batch` rows make a step, shared by all processes; where they do
+    not fit on a device, fewer at a time, whose gradients are added up. Checkpoints in `folder`/checkpoints, from
+    which it resumes after a stop. Returns the learning curve, one row an epoch: [epoch, train_loss, val_loss,
     val_accuracy, val_macro_f1]. Shown in 03.
     """
-    cuda = torch.cuda.is_available()
-    arguments = TrainingArguments(
-        output_dir=folder / "checkpoints", num_train_epochs=epochs, per_device_train_batch_size=batch,
-        per_device_eval_batch_size=2 * batch, learning_rate=lr, weight_decay=weight_decay, max_grad_norm=1.0,
-        train_sampling_strategy="group_by_length" if by_length else "random", lr_scheduler_type="linear",
+    share, left = divmod(batch, group().num_processes)
+    if left:
+        raise ValueError(f"a batch of {batch} rows cannot be shared by {group().num_processes} processes alike; "
+                         "set processes or the batch so that it can")
+    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    sizes = iter([size for size in sizes if size <= (profile.device_batch or share)])
+    sampler = EpochSampler(len(train), batch, seed, lengths)
+    start = {name: value.clone() for name, value in model.cpu().state_dict().items()}
+
+    @find_executable_batch_size(starting_batch_size=next(sizes), reduce_batch_size_fn=lambda: next(sizes, 0))
+    def attempt(rows: int) -> pd.DataFrame:
+        set_seed(seed)
+        model.load_state_dict(start)
+        arguments = training_arguments(profile, folder / "checkpoints", num_train_epochs=epochs, learning_rate=lr,
+                                       per_device_train_batch_size=rows, gradient_accumulation_steps=share // rows,
+                                       per_device_eval_batch_size=2 * rows, weight_decay=weight_decay, seed=seed)
+        patience = [EarlyStoppingCallback(profile.early_stopping)] if profile.early_stopping else []
+        name = folder.name.removesuffix(".partial")
+        trainer = StudyTrainer(
+            model, arguments, sampler=sampler, data_collator=collate, train_dataset=train, eval_dataset=val,
+            compute_metrics=validation_scores,
+            callbacks=[StudyCallback(name, sampler, profile.checkpoint_steps), *patience])
+        trainer.model_accepts_loss_kwargs = False  # forward's **inputs are the encoder's, not the loss's
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=drop_torn_checkpoints(folder / "checkpoints"))
+        return learning_curve(trainer.state.log_history)
+
+    curve = attempt()
+    group().wait_for_everyone()  # all have read the best epoch
+    if group().is_main_process:
+        shutil.rmtree(folder / "checkpoints")
+    return curve
+
+
+def precision(profile: Profile) -> torch.dtype:
+    """The data type of the encoders' matrix products; weights are float32 always."""
+    types = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if profile.precision != "auto":
+        return types[profile.precision]
+    if device().type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def training_arguments(profile: Profile, folder: Path, **more: object) -> TrainingArguments:
+    """The Trainer's settings that text and pictures share."""
+    cuda, dtype = device().type == "cuda", precision(profile)
+    workers = profile.loader_workers
+    if workers < 0:
+        workers = min(8, (os.cpu_count() or 1) // max(1, torch.cuda.device_count())) if cuda else 0
+    return TrainingArguments(
+        output_dir=folder, max_grad_norm=1.0, lr_scheduler_type="linear",
         eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", save_total_limit=1,
         load_best_model_at_end=True, metric_for_best_model="macro_f1", greater_is_better=True,
-        bf16=cuda and torch.cuda.is_bf16_supported(), fp16=cuda and not torch.cuda.is_bf16_supported(),
-        dataloader_pin_memory=cuda, label_names=["labels"], remove_unused_columns=False, seed=seed,
-        report_to="none", disable_tqdm=True)
-    trainer = Trainer(
-        model, arguments, data_collator=collate, train_dataset=train, eval_dataset=val,
-        compute_metrics=lambda found: score(found.label_ids, found.predictions.argmax(-1)),
-        callbacks=[ProgressCallback(folder.name.removesuffix(".partial"))])
-    trainer.model_accepts_loss_kwargs = False  # forward's **inputs are the encoder's, not the loss's
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=drop_torn_checkpoints(folder / "checkpoints"))
-    shutil.rmtree(folder / "checkpoints")
-    return learning_curve(trainer.state.log_history)
+        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=not cuda,
+        torch_compile_backend=None if profile.compile == "off" else profile.compile,
+        dataloader_num_workers=workers, dataloader_pin_memory=cuda, label_names=["labels"],
+        remove_unused_columns=False, report_to="none", disable_tqdm=True, **more)
+
+
+def validation_scores(found: transformers.EvalPrediction) -> dict[str, float]:
+    """Scores and cross-entropy (nats) of all validation rows at once, however they were batched."""
+    logits, labels = torch.as_tensor(found.predictions), torch.as_tensor(found.label_ids)
+    return score(labels, logits.argmax(-1)) | {"cross_entropy": nn.functional.cross_entropy(logits, labels).item()}
 
 
 def drop_torn_checkpoints(folder: Path) -> bool:
     """Remove checkpoints that a kill left unfinished (their state is written last); whether a whole one is left."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        if read_json(checkpoint / "trainer_state.json") is None:
-            shutil.rmtree(checkpoint)
+    if group().is_main_process:
+        for checkpoint in folder.glob("checkpoint-*"):
+            if read_json(checkpoint / "trainer_state.json") is None:
+                shutil.rmtree(checkpoint)
+    group().wait_for_everyone()
     return any(folder.glob("checkpoint-*"))
 
 
 def learning_curve(history: list[dict]) -> pd.DataFrame:
-    """One row an epoch from the Trainer's log."""
-    losses = {round(entry["epoch"]): entry["loss"] for entry in history if "loss" in entry}
-    return pd.DataFrame([
-        {"epoch": round(entry["epoch"]), "train_loss": losses[round(entry["epoch"])], "val_loss": entry["eval_loss"],
-         "val_accuracy": entry["eval_accuracy"], "val_macro_f1": entry["eval_macro_f1"]}
-        for entry in history if "eval_loss" in entry])
+    """One row an epoch from the Trainer's log, whose losses are means over the steps since the entry before."""
+    rows, sums, last = [], 0.0, 0
+    first = 0
+    for entry in history:
+        if "loss" in entry:
+            sums, last = sums + entry["loss"] * (entry["step"] - last), entry["step"]
+        if "eval_cross_entropy" in entry:
+            rows.append({"epoch": len(rows) + 1, "train_loss": sums / (last - first),
+                         "val_loss": entry["eval_cross_entropy"], "val_accuracy": entry["eval_accuracy"],
+                         "val_macro_f1": entry["eval_macro_f1"]})
+            sums, first = 0.0, last
+    return pd.DataFrame(rows)
+
+
+def save_trained(folder: Path, head: nn.Linear, curve: pd.DataFrame) -> None:
+    """Write head.safetensors (an encoder's linear layer) and curve.csv."""
+    save_file(head.cpu().state_dict(), folder / "head.safetensors")
+    curve.to_csv(folder / "curve.csv", index=False)
 
 
 def curve_metrics(curve: pd.DataFrame) -> dict:
@@ -1121,14 +1301,56 @@ def curve_metrics(curve: pd.DataFrame) -> dict:
 
 
 @torch.inference_mode()
-def encode(encoder: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Iterator[Tensor]:
+def encode(encoder: nn.Module, batches: Iterable[dict[str, Tensor]],
+           dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
     """The encoder's vectors [N, width] (float32, CPU) of each batch of inputs; frozen: eval mode, no gradient.
 
     Used in 05.
     """
     encoder.eval().to(device())
-    for batch in batches:
-        yield encoder(**{name: tensor.to(device()) for name, tensor in batch.items()}).float().cpu()
+    with torch.autocast(device().type, dtype, enabled=dtype != torch.float32):
+        for batch in batches:
+            yield encoder(**{name: tensor.to(device()) for name, tensor in batch.items()}).float().cpu()
+
+
+def encode_rows(encoder: nn.Module, groups: Sequence[Sequence[int]], inputs: Callable[[Sequence[int]], dict],
+                dtype: torch.dtype, label: str) -> Tensor:
+    """The vectors [N, width] (float32, CPU) of all rows, each in one of the `groups`; `inputs(group)` is its batch.
+
+    The processes share the groups; each gets all vectors.
+    """
+    rows = sum(map(len, groups))
+    mine = groups[group().process_index::group().num_processes]
+    bar = Progress(f"{label} features", sum(map(len, mine)), "rows")
+    features = None
+    for places, vectors in zip(mine, encode(encoder, map(inputs, mine), dtype)):
+        features = torch.zeros(rows, vectors.shape[1]) if features is None else features
+        features[places] = vectors
+        bar.advance(len(places))
+    bar.close()
+    return features if group().num_processes == 1 else reduce(features.to(device()), "sum").cpu()
+
+
+def fit_head(head: nn.Linear, features: Tensor, labels: Tensor, parts: np.ndarray) -> pd.DataFrame:
+    """Fit the linear layer of a frozen encoder by logistic regression on the training part's features [N, width].
+
+    Returns a learning curve of one row, epoch 0: no step of the encoder's training.
+    """
+    train = torch.as_tensor(parts == "train")
+    mean, std = features[train].mean(0), features[train].std(0).clamp(min=1e-6)
+    model = LogisticRegression(max_iter=300).fit(((features - mean) / std)[train].numpy(), labels[train].numpy())
+    weight = torch.tensor(model.coef_, dtype=torch.float32) / std
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.fill_(-1e4)  # a class without a training row is never predicted
+        head.weight[model.classes_] = weight
+        head.bias[model.classes_] = torch.tensor(model.intercept_, dtype=torch.float32) - weight @ mean
+        logits = {part: head(features[torch.as_tensor(parts == part)]) for part in ("train", "val")}
+    found = {part: validation_scores(transformers.EvalPrediction(rows, labels[torch.as_tensor(parts == part)]))
+             for part, rows in logits.items()}
+    return pd.DataFrame([{"epoch": 0, "train_loss": found["train"]["cross_entropy"],
+                          "val_loss": found["val"]["cross_entropy"], "val_accuracy": found["val"]["accuracy"],
+                          "val_macro_f1": found["val"]["macro_f1"]}])
 
 
 # ======================================================================================================
@@ -1220,9 +1442,39 @@ def load_text_model(run: Run, encoder: str, texts: Sequence[str], folder: Path) 
     """
     profile, source = run.profile, getattr(run.profile, encoder)
     if source != "small":
-        return AutoModel.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        return load_checkpoint(source, profile.max_length, profile.gradient_checkpointing)
     tokenizer = train_tokenizer(encoder, texts, profile.vocabulary, folder)
     return small_text_model(encoder, tokenizer, profile.text_width, profile.text_layers, profile.max_length), tokenizer
+
+
+def load_checkpoint(source: str, max_length: int, gradient_checkpointing: bool = False) -> tuple[nn.Module, object]:
+    """Model (float32, without the pooler, which nothing here reads) and tokenizer of a Hugging Face text checkpoint.
+
+    `source` is a folder or a name on the hub. ValueError if it cannot be had, or cannot read `max_length` tokens.
+    """
+    try:
+        model = AutoModel.from_pretrained(source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"text checkpoint {source!r} cannot be loaded: it is neither a whole folder here, nor in the "
+                         f"hub's cache, nor can it be had from the hub ({str(error).splitlines()[0]})") from error
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    if tokenizer.pad_token is None:
+        raise ValueError(f"text checkpoint {source!r} has no padding token; take an encoder such as BERT or RoBERTa")
+    if max_length > (longest := longest_input(model, tokenizer)):
+        raise ValueError(f"text checkpoint {source!r} reads at most {longest} tokens; set max_length={longest} or less")
+    if gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return model, tokenizer
+
+
+def longest_input(model: nn.Module, tokenizer) -> int:
+    """The number of tokens that a text model and its tokenizer can take."""
+    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)  # RoBERTa's kin number positions from the one after padding
+    return min(positions if padding is None else positions - padding - 1, tokenizer.model_max_length)
 
 
 def tokenise(tokenizer, texts: Sequence[str], max_length: int) -> list[dict[str, list[int]]]:
@@ -1259,19 +1511,13 @@ def cached_ids(tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
     return [ids[start:end] for start, end in zip([0, *ends], ends)]
 
 
-def text_features(encoder: TextEncoder, tokenizer, rows: list[dict], batch: int, label: str) -> Tensor:
+def text_features(encoder: TextEncoder, tokenizer, rows: list[dict], batch: int, dtype: torch.dtype,
+                  label: str) -> Tensor:
     """The vectors [N, d] of tokenised texts, in their order; longest first, so that batches pad little."""
     order = np.argsort([-len(row["input_ids"]) for row in rows], kind="stable")
-    bar = Progress(f"{label} features", len(rows), "texts")
     groups = [order[start:start + batch] for start in range(0, len(order), batch)]
-    padded = (dict(tokenizer.pad([rows[i] for i in group], return_tensors="pt")) for group in groups)
-    features = None
-    for group, vectors in zip(groups, encode(encoder, padded)):
-        features = torch.empty(len(rows), vectors.shape[1]) if features is None else features
-        features[group] = vectors
-        bar.advance(len(group))
-    bar.close()
-    return features
+    return encode_rows(encoder, groups, dtype=dtype, label=label, inputs=lambda places: dict(
+        tokenizer.pad([rows[i] for i in places], return_tensors="pt")))
 
 
 def text_encoder_stage(run: Run, encoder: str, field: str) -> Path:
@@ -1288,23 +1534,32 @@ def text_encoder_stage(run: Run, encoder: str, field: str) -> Path:
         training = text[text["part"] == "train"]
         set_seed(run.seed)
         both_fields = [*training["title"], *training["description"]]  # one tokenizer serves both fields
-        model, tokenizer = load_text_model(run, encoder, both_fields, out / "encoder")
+        with group().main_process_first():  # a small tokenizer's files are written by one
+            model, tokenizer = load_text_model(run, encoder, both_fields, out / "encoder")
         rows = tokenise(tokenizer, text[field], profile.max_length)
-        datasets = {part: RowDataset([rows[i] for i in positions].__getitem__, text["label_id"].iloc[positions])
-                    for part in ("train", "val") for positions in [np.flatnonzero(text["part"] == part)]}
-        classifier = Classifier(TextEncoder(model, profile.pooling), model.config.hidden_size)
-        curve = finetune(classifier, **datasets, folder=out, collate=DataCollatorWithPadding(tokenizer),
-                         epochs=profile.text_epochs, batch=profile.text_batch, lr=profile.text_lr, weight_decay=0.01,
-                         seed=run.seed, by_length=True)
-        features = text_features(classifier.encoder, tokenizer, rows, 4 * profile.text_batch, name)
-        model.save_pretrained(out / "encoder")
-        tokenizer.save_pretrained(out / "encoder")
-        save_file(classifier.head.cpu().state_dict(), out / "head.safetensors")
-        save_tensors(out / "features.safetensors", text["product_id"], features=features)
-        curve.to_csv(out / "curve.csv", index=False)
+        lengths = np.array([len(row["input_ids"]) for row in rows])
+        classifier = Classifier(TextEncoder(model, profile.pooling), model.config.hidden_size,
+                                dropout=profile.text_dropout)
+        if not profile.freeze_encoders:
+            places = {part: np.flatnonzero(text["part"] == part) for part in ("train", "val")}
+            places["val"] = places["val"][np.argsort(lengths[places["val"]])]  # so that batches pad little
+            datasets = {part: RowDataset([rows[i] for i in found].__getitem__, text["label_id"].iloc[found])
+                        for part, found in places.items()}
+            curve = finetune(classifier, **datasets, folder=out, profile=profile, epochs=profile.text_epochs,
+                             batch=profile.text_batch, lr=profile.text_lr, weight_decay=0.01, seed=run.seed,
+                             collate=DataCollatorWithPadding(tokenizer), lengths=lengths[places["train"]].tolist())
+        features = text_features(classifier.encoder, tokenizer, rows, 4 * profile.text_batch, precision(profile), name)
+        if profile.freeze_encoders:
+            curve = fit_head(classifier.head, features, torch.tensor(text["label_id"]), text["part"].to_numpy())
+        if group().is_main_process:
+            model.save_pretrained(out / "encoder")
+            tokenizer.save_pretrained(out / "encoder")
+            save_trained(out, classifier.head, curve)
+            save_tensors(out / "features.safetensors", text["product_id"], features=features)
         return curve_metrics(curve) | {"parameters": sum(p.numel() for p in model.parameters())}
 
-    return stage(run, name, build, READS[name], inputs={"encoder": getattr(run.profile, encoder)})
+    return stage(run, name, build, READS[name], inputs={"encoder": hash_source(getattr(run.profile, encoder))},
+                 together=True)
 
 
 def head_probabilities(folder: Path, features: Tensor) -> Tensor:
@@ -1421,12 +1676,12 @@ def image_encoder_stage(run: Run) -> Path:
                               split["label_id"].iloc[positions])
 
         curve = finetune(classifier, dataset("train", augment), dataset("val", lambda picture: picture), folder=out,
-                         collate=torch.utils.data.default_collate, epochs=profile.image_epochs,
-                         batch=profile.image_batch, lr=profile.image_lr, weight_decay=0.0,  # AdamW without decay: Adam
-                         seed=run.seed, by_length=False)
-        save_file(model.cpu().state_dict(), out / "encoder.safetensors")
-        save_file(classifier.head.cpu().state_dict(), out / "head.safetensors")
-        curve.to_csv(out / "curve.csv", index=False)
+                         profile=profile, collate=torch.utils.data.default_collate, epochs=profile.image_epochs,
+                         batch=profile.image_batch, lr=profile.image_lr, seed=run.seed,
+                         weight_decay=0.0)  # AdamW without decay: Adam
+        if group().is_main_process:
+            save_file(model.cpu().state_dict(), out / "encoder.safetensors")
+            save_trained(out, classifier.head, curve)
         return curve_metrics(curve) | {"parameters": sum(p.numel() for p in classifier.parameters())}
 
     return stage(run, "seresnext", build, READS["seresnext"],

@@ -3,22 +3,30 @@
     python run.py study      execute what is not done yet, print the tables, write the report
     python run.py status     what is done, what is stale, what is missing
     python run.py report     write the report again
+    python run.py stage      make stages without their notebooks
     python run.py publish    copy the default run's notebooks and figures into the repository
 
 Each notebook runs in a kernel process of its own, through papermill. What a notebook computes is kept as stages
-(see helpers.py, section 3), so a study that was stopped goes on where it was.
+(see helpers.py, section 3), so a study that was stopped goes on where it was. With `--workers N` or `--on ray`,
+stages that do not depend on each other are made side by side first, and the notebooks find them done.
 """
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import functools
+import inspect
 import json
 import os
+import queue
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +36,7 @@ import pandas as pd
 import papermill
 import psutil
 import rich.box
+import torch
 import typer
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
@@ -39,7 +48,6 @@ import helpers as h
 NOTEBOOKS = ["01_data_exploration", "02_text_preprocessing", "03_finetune_camembert", "04_finetune_flaubert",
              "05_finetune_seresnext", "06_regional_features", "07_hierarchical_fusion", "08_result_tables"]
 LAST_OF_SPLIT = "07_hierarchical_fusion"  # what follows compares the splits, so it runs after all of them
-UNSCORED = "not scored yet; run `python run.py study` with this split and seed"
 DEFAULTS = {"PROFILE": "sample", "SPLIT": "90-10", "SEED": 0, "SETTINGS": {}}  # of every notebook
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__,
@@ -97,21 +105,28 @@ def make_plan(profile: str, splits: list[str], seeds: list[int], settings: dict)
     return [Step(name, run, settings) for names in (NOTEBOOKS[:cut], NOTEBOOKS[cut:]) for run in runs for name in names]
 
 
-def step_key(step: Step, catalogue: str) -> str:
+@functools.cache
+def catalogue_hash(run: h.Run) -> str:
+    """The hash of the run's catalogue, which does not change while a command runs."""
+    return h.catalogue_hash(h.catalogue_folder(run))
+
+
+def step_key(step: Step) -> str:
     """Hash of all that an executed notebook depends on: code, parameters, catalogue, and what earlier ones made."""
     cells = [cell.source for cell in nbformat.read(step.source, as_version=4).cells]
     made = [(h.read_json(other.manifest) or {}).get("stages") for other in step.earlier]
-    return h.hash_json([cells, h.hash_file(h.ROOT / "helpers.py"), step.parameters, catalogue, made])
+    return h.hash_json([cells, h.hash_file(h.ROOT / "helpers.py"), step.parameters,
+                        catalogue_hash(step.run), made])
 
 
-def state(step: Step, catalogue: str) -> str:
+def state(step: Step) -> str:
     """"done", "stale" (made from something else, or its stages are gone) or "missing"."""
     done = h.read_json(step.manifest)
     if done is None or not step.output.exists():
         return "missing"
     kept = all((h.read_json(h.runs_folder() / name / "manifest.json") or {}).get("key") == key
                for name, key in done["stages"].items())
-    return "done" if kept and done["key"] == step_key(step, catalogue) else "stale"
+    return "done" if kept and done["key"] == step_key(step) else "stale"
 
 
 # --- running one notebook -----------------------------------------------------------------------------
@@ -184,13 +199,128 @@ def describe_failure(step: Step, error: BaseException) -> str:
     return f"{step} failed{where}\n  {what}\n  executed notebook: {step.output}"
 
 
+# --- stages side by side ------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Job:
+    """One stage of one run, made by a process of its own: `run.py stage <name>`."""
+    run: h.Run
+    name: str
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, str(h.ROOT / "run.py"), "stage", self.name, *self.run.options, "--set=processes=1"]
+
+    def __str__(self) -> str:
+        return f"{self.name}  {self.run.split}  seed {self.run.seed}"
+
+
+def make_stage(run: h.Run, name: str) -> None:
+    """Make one stage, whatever its kind, unless it is there."""
+    variants = {f"fusion-{variant.name}": variant for variant in h.TABLE_VARIANTS}
+    makers = {"splits": h.split_stage, "text": h.text_stage, "baselines": h.baseline_stage,
+              "seresnext": h.image_encoder_stage}
+    if name in makers:
+        makers[name](run)
+    elif name in variants:
+        h.fusion_stage(run, variants[name])
+    elif name in ("image_regions", "image_whole"):
+        h.image_features_stage(run, name)
+    else:
+        h.text_encoder_stage(run, *name.rsplit("_", 1))
+
+
+def stage_names() -> list[str]:
+    """All stages up to the fusion variants, each after those it reads."""
+    fusion = [f"fusion-{variant.name}" for variant in h.TABLE_VARIANTS]
+    return [*(name for name in h.READS if name != "fusion"), *fusion]
+
+
+def stage_graph(plan: list[Step]) -> dict[Job, list[Job]]:
+    """Each stage that the plan's notebooks make, and the stages it has to wait for."""
+    jobs = {(step.run, name): Job(step.run, name) for step in plan for name in stage_names()
+            if h.notebook_of(name) == step.notebook}
+    return {job: [jobs[run, other] for other in h.READS[name.split("-")[0]] if (run, other) in jobs]
+            for (run, name), job in jobs.items()}
+
+
+def side_by_side(graph: dict[Job, list[Job]], workers: int) -> None:
+    """Make the stages on this machine, `workers` at a time, one GPU each. StepFailed says what went wrong."""
+    gpus = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] \
+        or [str(i) for i in range(torch.cuda.device_count())]
+    free = queue.SimpleQueue()
+    for worker in range(workers):
+        free.put(worker)
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+
+    def make(job: Job) -> None:
+        worker = free.get()
+        gpu = {"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)]} if gpus else {}
+        try:
+            run_job(job, {**threads, **os.environ, **gpu})
+        finally:
+            free.put(worker)
+
+    order, running = TopologicalSorter(graph), {}
+    order.prepare()
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        while order.is_active():
+            running |= {pool.submit(make, job): job for job in order.get_ready()}
+            for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
+                future.result()
+                order.done(running.pop(future))
+
+
+def run_job(job: Job, environment: dict[str, str]) -> None:
+    """Run the job's command to its end. StepFailed, with what it said, if it fails."""
+    start = time.perf_counter()
+    ended = subprocess.run(job.command, env={**environment, "STUDY_PARENT": str(os.getpid())}, text=True,
+                           capture_output=True)
+    if ended.returncode:
+        raise StepFailed(f"{job} failed\n  " + "\n  ".join(ended.stderr.splitlines()[-20:]))
+    console.print(f"        {job}  {time.perf_counter() - start:.0f} s", highlight=False)
+
+
+def on_ray(graph: dict[Job, list[Job]]) -> None:
+    """Make the stages on the Ray cluster that RAY_ADDRESS names, or on one that Ray starts here.
+
+    Its machines share this project's folder and the runs folder. Ray decides what runs where.
+    """
+    try:
+        import ray  # an extra: requirements-ray.txt
+    except ImportError as error:
+        raise ValueError("--on ray needs Ray: .venv/bin/python -m pip install -r requirements-ray.txt") from error
+    ray.init(log_to_driver=False, configure_logging=False)
+    ours = {name: value for name, value in os.environ.items() if name.startswith(("STUDY_", "RAKUTEN_", "HF_"))}
+
+    @ray.remote(max_retries=0)
+    def make(job: Job, *_: object) -> str:
+        ended = subprocess.run(job.command, env={**os.environ, **ours}, text=True, capture_output=True)
+        return ended.stderr if ended.returncode else ""
+
+    with_gpu = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {}
+    jobs = {}
+    for job in TopologicalSorter(graph).static_order():
+        gpu = with_gpu if job.name not in ("splits", "text", "baselines") else {}
+        jobs[job] = make.options(**gpu).remote(job, *(jobs[other] for other in graph[job]))
+    for job, result in jobs.items():
+        if said := ray.get(result):
+            raise StepFailed(f"{job} failed\n  " + "\n  ".join(said.splitlines()[-20:]))
+        console.print(f"        {job}  done", highlight=False)
+    ray.shutdown()
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it (STUDY_PARENT) is gone."""
+    def watch(parent: int) -> None:
+        while psutil.pid_exists(parent):
+            time.sleep(1)
+        os._exit(1)
+
+    if "STUDY_PARENT" in os.environ:
+        threading.Thread(target=watch, args=[int(os.environ["STUDY_PARENT"])], daemon=True).start()
+
+
 # --- commands -----------------------------------------------------------------------------------------
-Profile = Annotated[str, typer.Option(help="sample | paper")]
-Splits = Annotated[list[str], typer.Option("--split", help="90-10 | 80-20; may be repeated")]
-Seeds = Annotated[list[int], typer.Option("--seed", help="may be repeated")]
-Settings = Annotated[list[str], typer.Option("--set", help="name=value: override a setting of the profile")]
-
-
 def parse_settings(pairs: list[str]) -> dict:
     """{name: value} of `name=value` texts; values in Python's or JSON's notation, anything else is a string."""
     settings = {}
@@ -213,58 +343,99 @@ def choose_notebooks(first: str | None, only: list[str]) -> list[str]:
     return [name for name in NOTEBOOKS if name[:2] >= (first or "00") and (not only or name[:2] in only)]
 
 
-@app.command()
-def study(profile: Profile = "sample", split: Splits = list(h.SPLITS), seed: Seeds = [0], set_: Settings = [],
+def grid(profile: Annotated[str, typer.Option(help="sample | paper")] = "sample",
+         split: Annotated[list[str], typer.Option(help="90-10 | 80-20; may be repeated")] = list(h.SPLITS),
+         seed: Annotated[list[int], typer.Option(help="may be repeated")] = [0],
+         rows: Annotated[str, typer.Option(help="described | all")] = None,
+         grouped: Annotated[bool, typer.Option("--grouped", help="duplicates stay on one side of a split")] = None,
+         limit: Annotated[int, typer.Option(help="a stratified choice of this many rows")] = None,
+         set_: Annotated[list[str], typer.Option("--set", help="name=value: override a setting of the profile")] = [],
+         ) -> list[Step]:
+    """The plan that the options common to most commands ask for."""
+    protocol = {"rows": rows, "grouped": grouped, "limit": limit}
+    chosen = {name: value for name, value in protocol.items() if value is not None}
+    return make_plan(profile, split, seed, parse_settings(set_) | chosen)
+
+
+def over_the_grid(command):
+    """Register a command whose first argument is the plan; it gets the options of `grid` in its place."""
+    common, own = (inspect.signature(function, eval_str=True).parameters for function in (grid, command))
+    options = [*common.values(), *list(own.values())[1:]]
+
+    @functools.wraps(command)
+    def wrapper(**given):
+        plan = grid(**{name: given.pop(name) for name in common})
+        command(plan, **given)
+
+    wrapper.__signature__ = inspect.Signature(options)
+    wrapper.__annotations__ = {option.name: option.annotation for option in options}
+    return app.command()(wrapper)
+
+
+@over_the_grid
+def study(plan,
           from_: Annotated[str, typer.Option("--from", help="NN: execute this notebook and all after it again")] = None,
-          only: Annotated[list[str], typer.Option(help="NN: execute only this notebook; may be repeated")] = []):
+          only: Annotated[list[str], typer.Option(help="NN: execute only this notebook; may be repeated")] = [],
+          workers: Annotated[int, typer.Option(min=1, help="stages made side by side, one GPU each")] = 1,
+          on: Annotated[str, typer.Option(help="here | ray: where stages are made side by side")] = "here"):
     """Execute what is not done yet, print the tables, write the report."""
-    plan = make_plan(profile, split, seed, parse_settings(set_))
     chosen = choose_notebooks(from_, only)
-    catalogue = h.catalogue_hash(h.catalogue_folder(plan[0].run))
+    catalogue_hash(plan[0].run)  # refuses a missing catalogue, makes the sample
+    graph = stage_graph([step for step in plan if step.notebook in chosen])
+    if h.one_of("place", on, ("here", "ray")) == "ray":
+        on_ray(graph)
+    elif workers > 1:
+        side_by_side(graph, workers)
     for number, step in enumerate(plan, 1):
         if step.notebook not in chosen:
             continue
         label = f"[{number:2}/{len(plan)}] {step}"
-        if state(step, catalogue) == "done" and not (from_ or only):
+        if state(step) == "done" and not (from_ or only):
             console.print(f"{label}  already done", highlight=False)
             continue
         found = execute(step, label)
-        key = step_key(step, catalogue)
+        key = step_key(step)
         h.write_json(step.manifest, {"key": key, **found})
         console.print(f"{label}  {found['seconds']:.0f} s, peak {found['peak_memory_gb']:.1f} GB", highlight=False)
     print_tables(plan)
-    console.print(f"Report: {write_report(plan, catalogue)}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {write_report(plan)}", highlight=False, soft_wrap=True)
 
 
-@app.command()
-def status(profile: Profile = "sample", split: Splits = list(h.SPLITS), seed: Seeds = [0], set_: Settings = []):
+@over_the_grid
+def status(plan):
     """Say what is done, what is stale, what is missing."""
-    plan = make_plan(profile, split, seed, parse_settings(set_))
-    catalogue = h.catalogue_hash(h.catalogue_folder(plan[0].run))
     table = Table("notebook", "split", "seed", "state", "seconds", "peak memory (GB)")
     for step in plan:
         done = h.read_json(step.manifest) or {}
-        table.add_row(step.notebook, step.run.split, str(step.run.seed), state(step, catalogue),
+        table.add_row(step.notebook, step.run.split, str(step.run.seed), state(step),
                       *(str(done.get(name, "")) for name in ("seconds", "peak_memory_gb")))
     console.print(table)
 
 
-@app.command()
-def report(profile: Profile = "sample", split: Splits = list(h.SPLITS), seed: Seeds = [0], set_: Settings = []):
+@over_the_grid
+def report(plan):
     """Write the report again, from what is done."""
-    plan = make_plan(profile, split, seed, parse_settings(set_))
-    catalogue = h.catalogue_hash(h.catalogue_folder(plan[0].run))
-    console.print(f"Report: {write_report(plan, catalogue)}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {write_report(plan)}", highlight=False, soft_wrap=True)
+
+
+@over_the_grid
+def stage(plan, names: Annotated[list[str], typer.Argument(help="none: all, in order", metavar="STAGE...")] = None):
+    """Make stages without their notebooks: in this process, or, under torchrun, in all of its processes together."""
+    end_with_parent()
+    for name in names or []:
+        h.one_of("stage", name, stage_names())
+    for run in dict.fromkeys(step.run for step in plan):
+        for name in names or stage_names():
+            make_stage(run, name)
 
 
 @app.command()
 def publish():
     """Copy the default run's executed notebooks and figures into the repository."""
     plan = make_plan("sample", ["90-10"], [0], {})
-    catalogue = h.catalogue_hash(h.catalogue_folder(plan[0].run))
     for step in plan:
-        if state(step, catalogue) != "done":
-            raise ValueError(f"{step} is {state(step, catalogue)}; run `python run.py study` first")
+        if state(step) != "done":
+            raise ValueError(f"{step} is {state(step)}; run `python run.py study` first")
     for step in plan:
         book = nbformat.read(step.output, as_version=4)
         book.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
@@ -284,8 +455,11 @@ def read_tables(plan: list[Step]) -> list[tuple[str, pd.DataFrame | None]]:
     found = []
     for seed in sorted({step.run.seed for step in plan}):
         for number, split in h.TABLES.items():
-            path = h.Run(plan[0].run.profile, split, seed).folder / "scores" / f"table_{number}.csv"
-            found.append((f"Table {number}, split {split}, seed {seed}", pd.read_csv(path) if path.exists() else None))
+            run = h.Run(plan[0].run.profile, split, seed)
+            path = run.folder / "scores" / f"table_{number}.csv"
+            title = f"Table {number}, split {split}, seed {seed}"
+            found.append((title, pd.read_csv(path)) if path.exists()
+                         else (f"{title}: not scored yet; run `{run.command}`", None))
     return found
 
 
@@ -294,7 +468,7 @@ def print_tables(plan: list[Step]) -> None:
     note = h.data_note(plan[0].run)
     for title, table in read_tables(plan):
         if table is None:
-            console.print(f"{title}: {UNSCORED}", highlight=False)
+            console.print(title, highlight=False, soft_wrap=True)
             continue
         shown = Table(title=f"{title}. {note}", title_justify="left", box=rich.box.SIMPLE)
         for column in (readable := h.readable_table(table)):
@@ -318,7 +492,7 @@ tbody tr { border-bottom: 1px solid #ddd } img { max-width: 100% } figure { marg
 """)
 
 
-def write_report(plan: list[Step], catalogue: str) -> Path:
+def write_report(plan: list[Step]) -> Path:
     """`runs/<profile>/report/index.html`: tables, notebooks with minutes and peak memory, figures. Returns its path."""
     profile = plan[0].run.profile
     folder = h.runs_folder() / profile.name / "report"
@@ -331,13 +505,13 @@ def write_report(plan: list[Step], catalogue: str) -> Path:
             page = folder / f"{step.notebook}-{step.run.split}-seed{step.run.seed}.html"
             page.write_text(exporter.from_filename(str(step.output))[0], encoding="utf-8")
             link = f'<a href="{page.name}">{step.notebook}</a>'
-        rows.append({"notebook": link, "split": step.run.split, "seed": step.run.seed, "state": state(step, catalogue),
+        rows.append({"notebook": link, "split": step.run.split, "seed": step.run.seed, "state": state(step),
                      "minutes": round(done["seconds"] / 60, 1) if done else "",
                      "peak memory (GB)": done.get("peak_memory_gb", "")})
     runs = dict.fromkeys(step.run for step in plan)
     pictures = [(f"{path.stem}, split {run.split}, seed {run.seed}", os.path.relpath(path, folder))
                 for run in runs for path in sorted(run.folder.glob("figures/*.png"))]
-    tables = [(title, f"<p>{UNSCORED}</p>" if table is None
+    tables = [(title, "" if table is None
                else h.readable_table(table).to_html(index=False, border=0)) for title, table in read_tables(plan)]
     (folder / "index.html").write_text(REPORT.render(
         title=f"Hierarchical fusion, profile {profile.name}", note=h.data_note(plan[0].run), tables=tables,
@@ -349,7 +523,7 @@ def main() -> None:
     """The command line; an error is one clear sentence and a non-zero exit."""
     try:
         app()
-    except (ValueError, FileNotFoundError, h.DamagedStage, StepFailed) as error:
+    except (ValueError, OSError, h.DamagedStage, StepFailed) as error:
         problems.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
 

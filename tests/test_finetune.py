@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from pandas.testing import assert_frame_equal
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
 import helpers as h
@@ -39,12 +40,13 @@ def cloud(n: int, seed: int, noise: float) -> h.RowDataset:
     return h.RowDataset(lambda i: {"points": points[i]}, labels)
 
 
-def train(folder: Path, seed: int = 0, epochs: int = 4, noise: float = 0.5, lr: float = 0.1):
+def train(folder: Path, seed: int = 0, epochs: int = 4, noise: float = 0.5, lr: float = 0.1, **settings):
     """(the model, its curve, the validation rows) of a small separable problem."""
     h.set_seed(seed)
     model, val = h.Classifier(Identity(), 4, CLASSES), cloud(40, 2, noise)
-    curve = h.finetune(model, cloud(64, 1, noise), val, folder, collate=torch.utils.data.default_collate,
-                       epochs=epochs, batch=8, lr=lr, weight_decay=0.01, seed=seed, by_length=False)
+    curve = h.finetune(model, cloud(64, 1, noise), val, folder, h.make_profile("sample", settings),
+                       collate=torch.utils.data.default_collate, epochs=epochs, batch=8, lr=lr, weight_decay=0.01,
+                       seed=seed)
     return model, curve, val
 
 
@@ -91,8 +93,8 @@ def test_first_step_is_adamws(tmp_path):
     torch.nn.init.zeros_(model.head.weight)
     before = model.head.weight.detach().clone()
     rows = cloud(8, 1, 0.5)
-    h.finetune(model, rows, rows, tmp_path, collate=torch.utils.data.default_collate, epochs=1, batch=8, lr=0.01,
-               weight_decay=0.0, seed=0, by_length=False)
+    h.finetune(model, rows, rows, tmp_path, h.make_profile("sample"), collate=torch.utils.data.default_collate,
+               epochs=1, batch=8, lr=0.01, weight_decay=0.0, seed=0)
     assert torch.allclose((model.head.weight - before).abs(), torch.full((CLASSES, 4), 0.01), rtol=1e-3)
 
 
@@ -113,13 +115,124 @@ def test_encode_freezes_the_encoder():
     assert [tuple(v.shape) for v in vectors] == [(2, 4), (1, 4)] and not any(v.requires_grad for v in vectors)
 
 
+# --- batches ------------------------------------------------------------------------------------------
+def test_an_epoch_holds_every_row_in_whole_batches_and_seed_and_epoch_decide_the_order():
+    sampler = h.EpochSampler(rows=21, batch=8, seed=3)
+    first, again = list(sampler), list(sampler)
+    assert first == again and len(first) == len(sampler) == 24
+    assert sorted(first[:21]) == list(range(21)) and first[21:] == first[:3]
+    sampler.epoch = 1
+    second = [draw - 21 for draw in sampler]  # draws go on counting, so that each is augmented differently
+    assert sorted(second[:21]) == list(range(21)) and second != first
+    assert list(h.EpochSampler(rows=21, batch=8, seed=4)) != first
+
+
+def test_batches_hold_rows_of_similar_length():
+    lengths = np.random.default_rng(0).integers(5, 200, 400).tolist()
+    def padded(order):
+        batches = np.array(lengths)[np.array(order)].reshape(-1, 8)
+        return batches.max(1).sum() * 8 / batches.sum()
+    assert padded(list(h.EpochSampler(400, 8, 0, lengths))) < 1.1 < 1.5 < padded(list(h.EpochSampler(400, 8, 0)))
+
+
+def test_a_draw_decides_what_is_random_in_a_row():
+    rows = h.RowDataset(lambda i: {"noise": torch.rand(3)}, [0, 1, 2], seed=5)
+    assert torch.equal(rows[4]["noise"], rows[4]["noise"]) and rows[4]["labels"] == 1
+    assert not torch.equal(rows[1]["noise"], rows[4]["noise"])  # the same row, one epoch later
+    assert not torch.equal(h.RowDataset(rows.row, [0, 1, 2], seed=6)[4]["noise"], rows[4]["noise"])
+    torch.manual_seed(0)
+    rows[4]
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(after, torch.rand(1))  # and what comes after is not disturbed
+
+
+class Narrow(Identity):
+    """An encoder on a device whose memory holds `room` rows at a time."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room, self.batches = room, []
+
+    def forward(self, points):
+        if self.training:
+            self.batches.append(len(points))
+        if self.training and len(points) > self.room:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().forward(points)
+
+
+def train_exactly(folder: Path, encoder: torch.nn.Module, **settings):
+    """A short training in which nothing is random but the order of the rows."""
+    torch.manual_seed(0)
+    model = h.Classifier(encoder, 4, CLASSES, dropout=0.0)
+    curve = h.finetune(model, cloud(64, 1, 1.0), cloud(40, 2, 1.0), folder, h.make_profile("sample", settings),
+                       collate=torch.utils.data.default_collate, epochs=3, batch=8, lr=0.05, weight_decay=0.01, seed=0)
+    return model, curve
+
+
+def test_fewer_rows_at_a_time_give_the_same_training(tmp_path):
+    (whole, curve), (parts, same) = (train_exactly(tmp_path, Identity(), device_batch=n) for n in (0, 2))
+    assert_frame_equal(curve, same, rtol=1e-5)
+    assert torch.allclose(whole.head.weight, parts.head.weight, atol=1e-5)
+
+
+def test_out_of_memory_halves_the_rows_at_a_time_and_nothing_else(tmp_path):
+    _, curve = train_exactly(tmp_path, Identity())
+    narrow, narrow_curve = train_exactly(tmp_path, Narrow(room=3))
+    assert narrow.encoder.batches[:3] == [8, 4, 2] and set(narrow.encoder.batches[2:]) == {2}
+    assert_frame_equal(curve, narrow_curve, rtol=1e-5)
+    with pytest.raises(RuntimeError, match="No executable batch size found"):
+        train_exactly(tmp_path, Narrow(room=0))
+
+
+@pytest.mark.parametrize("settings, tolerance", [
+    ({"compile": "eager"}, 1e-5), ({"precision": "bf16"}, 3e-2), ({"loader_workers": 2}, 1e-6),
+    ({"checkpoint_steps": 3}, 1e-6)])
+def test_a_way_of_computing_changes_no_more_than_rounding(tmp_path, settings, tolerance):
+    _, curve = train_exactly(tmp_path, Identity())
+    _, other = train_exactly(tmp_path, Identity(), **settings)
+    assert_frame_equal(curve[["train_loss", "val_loss"]], other[["train_loss", "val_loss"]], rtol=tolerance)
+    assert (curve["val_loss"] != other["val_loss"]).any() == ("precision" in settings)
+
+
+def test_early_stopping_waits_for_its_patience(tmp_path):
+    model, curve, _ = train(tmp_path, noise=2.5, lr=1.5, epochs=12, early_stopping=2)
+    best = curve["val_macro_f1"].idxmax()
+    assert len(curve) == best + 1 + 2 < 12
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
+    class Three:
+        num_processes = 3
+    monkeypatch.setattr(h, "group", Three)
+    with pytest.raises(ValueError, match="a batch of 8 rows cannot be shared by 3 processes alike"):
+        train(tmp_path)
+
+
+def test_head_of_a_frozen_encoder_is_a_logistic_regression():
+    rng = np.random.default_rng(0)
+    labels = torch.tensor(rng.integers(0, 4, 300)) * 2  # classes 0, 2, 4, 6: others have no row
+    features = torch.tensor(np.eye(8)[labels] * 3 + rng.normal(size=(300, 8)), dtype=torch.float32) * 5 + 2
+    parts, head = np.array(["train", "val", "train"] * 100), torch.nn.Linear(8, 9)
+    curve = h.fit_head(head, features, labels, parts)
+    train_rows = features[parts == "train"]
+    scale = lambda x: ((x - train_rows.mean(0)) / train_rows.std(0)).numpy()  # noqa: E731
+    reference = LogisticRegression(max_iter=300).fit(scale(train_rows), labels[parts == "train"])
+    probabilities = torch.softmax(head(features), -1).detach().numpy()
+    assert np.allclose(probabilities[:, reference.classes_], reference.predict_proba(scale(features)), atol=1e-4)
+    assert probabilities[:, [1, 3, 5, 7, 8]].max() < 1e-6
+    right = (reference.predict(scale(features[parts == "val"])) == labels[parts == "val"].numpy()).mean()
+    assert curve["epoch"].tolist() == [0] and curve["val_accuracy"].item() == pytest.approx(right)
+
+
 # --- after a kill -------------------------------------------------------------------------------------
 STAGE = """
 import helpers as h
 run = h.open_run("paper", "90-10", 0, {settings})
 h.text_encoder_stage(run, "camembert", "title")
 """
-EPOCHS = {**SMALL, "text_epochs": 5, "text_batch": 2}
+EPOCHS = {**SMALL, "text_epochs": 5, "text_batch": 2, "checkpoint_steps": 5}
 
 
 def start_stage() -> subprocess.Popen:
@@ -138,11 +251,16 @@ def wait_for(found, process: subprocess.Popen, seconds: float = 120):
     raise AssertionError(f"nothing to kill after {seconds} s")
 
 
-def kill_after_a_checkpoint(run) -> None:
-    """Start the stage in a process of its own and kill it once a checkpoint is whole."""
+STEPS = 22  # an epoch: 44 rows in batches of 2
+
+
+def kill_within_an_epoch(run) -> None:
+    """Start the stage in a process of its own and kill it once a checkpoint of an epoch's middle is whole."""
     partial = run.folder / "camembert_title.partial" / "checkpoints"
     process = start_stage()
-    wait_for(lambda: [path for path in partial.glob("checkpoint-*/trainer_state.json") if h.read_json(path)], process)
+    wait_for(lambda: [path for path in partial.glob("checkpoint-*/trainer_state.json")
+                      if (state := h.read_json(path)) and state["global_step"] > STEPS
+                      and state["global_step"] % STEPS], process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (run.folder / "camembert_title").exists()
@@ -163,19 +281,19 @@ def features_of(run) -> tuple[torch.Tensor, pd.DataFrame]:
     return h.load_tensors(folder / "features.safetensors", ids)["features"], pd.read_csv(folder / "curve.csv")
 
 
-def test_killed_stage_goes_on_and_ends_where_an_uninterrupted_one_does(prepared, tmp_path, monkeypatch):
-    kill_after_a_checkpoint(prepared)
+def test_stage_killed_within_an_epoch_ends_where_an_uninterrupted_one_does(prepared, tmp_path, monkeypatch):
+    kill_within_an_epoch(prepared)
     steps = []
-    on_step_end = h.ProgressCallback.on_step_end
+    on_step_end = h.StudyCallback.on_step_end
 
     def count(self, args, state, control, **more):
         steps.append(state.global_step)
         on_step_end(self, args, state, control, **more)
 
-    monkeypatch.setattr(h.ProgressCallback, "on_step_end", count)
+    monkeypatch.setattr(h.StudyCallback, "on_step_end", count)
     h.text_encoder_stage(prepared, "camembert", "title")
     resumed, curve = features_of(prepared)
-    assert steps[0] > 22 and steps[-1] == 110  # 44 rows in batches of 2: the first epoch is not done again
+    assert steps[0] > STEPS and steps[0] % STEPS != 1 and steps[-1] == 5 * STEPS  # goes on within an epoch
     assert curve["epoch"].tolist() == [1, 2, 3, 4, 5]  # the curve is whole
     assert not list(prepared.folder.glob("*.partial")) and not list(prepared.folder.rglob("checkpoints"))
 
@@ -186,8 +304,8 @@ def test_killed_stage_goes_on_and_ends_where_an_uninterrupted_one_does(prepared,
     h.text_encoder_stage(prepared, "camembert", "title")
     whole, whole_curve = features_of(prepared)
     assert steps[0] == 1
-    assert_frame_equal(curve, whole_curve, rtol=1e-5, atol=1e-5)
-    assert torch.allclose(resumed, whole, atol=1e-5)
+    assert_frame_equal(curve, whole_curve, rtol=1e-6, atol=1e-6)  # training losses too
+    assert torch.allclose(resumed, whole, atol=1e-6)
 
 
 def test_checkpoint_cut_off_in_mid_write_does_not_stop_the_study(tmp_path, monkeypatch):

@@ -221,11 +221,12 @@ def test_features_equal_a_loop_over_rows_whatever_the_batch_and_order(tokenizers
     expected = torch.stack(expected)
     text_encoder = h.TextEncoder(model, pooling).train()  # text_features must switch the dropout off
     for batch in (1, 4, 50):
-        found = h.text_features(text_encoder, tokenizers[encoder], rows, batch, "test")
+        found = h.text_features(text_encoder, tokenizers[encoder], rows, batch, torch.float32, "test")
         assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=1e-5)
         text_encoder.train()
     order = np.random.default_rng(0).permutation(len(rows))
-    shuffled = h.text_features(text_encoder, tokenizers[encoder], [rows[i] for i in order], 4, "test")
+    shuffled = h.text_features(text_encoder, tokenizers[encoder], [rows[i] for i in order], 4, torch.float32,
+                               "test")
     assert torch.allclose(shuffled, expected[torch.tensor(order)], atol=1e-5)
 
 

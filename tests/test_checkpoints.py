@@ -1,0 +1,154 @@
+"""Text slots: any Hugging Face checkpoint, from a local folder, with its own tokenizer and width."""
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CamembertConfig,
+    CamembertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    DebertaV2Tokenizer,
+    FlaubertConfig,
+    FlaubertModel,
+    RobertaConfig,
+    RobertaModel,
+    RobertaTokenizer,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+    XLMRobertaTokenizer,
+)
+
+import helpers as h
+from conftest import tiny_products
+
+SIZE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+
+
+def pieces(*special: str) -> list[tuple[str, float]]:
+    """A vocabulary for tokenizers of SentencePiece's Unigram kind: special tokens, then the texts' characters."""
+    letters = sorted({letter for title in tiny_products()["title"] for letter in title} - {" "})
+    return [(token, 0.0) for token in special] + [("▁", -1.0), *((letter, -2.0) for letter in letters)]
+
+
+def bert(folder):
+    words = sorted({word for title in tiny_products()["title"] for word in title.lower().split()})
+    (folder / "words.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    tokenizer = BertTokenizer(vocab=str(folder / "words.txt"))
+    return tokenizer, BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=40, **SIZE))
+
+
+def roberta(folder):
+    tokenizer = RobertaTokenizer().train_new_from_iterator(tiny_products()["title"], 300)
+    return tokenizer, RobertaModel(RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=42, **SIZE))
+
+
+def xlm_roberta(folder):
+    tokenizer = XLMRobertaTokenizer(vocab=pieces("<s>", "<pad>", "</s>", "<unk>", "<mask>"))
+    return tokenizer, XLMRobertaModel(XLMRobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=42, **SIZE))
+
+
+def deberta(folder):
+    tokenizer = DebertaV2Tokenizer(vocab=pieces("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"))
+    return tokenizer, DebertaV2Model(DebertaV2Config(
+        vocab_size=len(tokenizer), max_position_embeddings=40, relative_attention=True, pos_att_type=["p2c", "c2p"],
+        pad_token_id=tokenizer.pad_token_id, **SIZE))
+
+
+KINDS = {"bert": bert, "roberta": roberta, "xlm_roberta": xlm_roberta, "deberta": deberta}
+
+
+@pytest.fixture(params=KINDS)
+def checkpoint(request, tmp_path):
+    """A local folder as `save_pretrained` writes it: model of random weights, and tokenizer."""
+    torch.manual_seed(0)
+    folder = tmp_path / request.param
+    folder.mkdir()
+    for part in KINDS[request.param](folder):
+        part.save_pretrained(folder)
+    return folder
+
+
+def test_slot_takes_the_checkpoint_with_its_tokenizer_and_width(checkpoint, make_run):
+    run = make_run(flaubert=str(checkpoint), text_epochs=2, text_batch=8)
+    h.split_stage(run)
+    h.text_stage(run)
+    folder = h.text_encoder_stage(run, "flaubert", "title")
+    ids = h.read_split(run)["product_id"]
+    features = h.load_tensors(folder / "features.safetensors", ids)["features"]
+    assert features.shape == (len(ids), 24) and features.std() > 0.05
+    model, tokenizer = h.load_checkpoint(str(folder / "encoder"), 32)
+    texts = h.read_text(run)["title"]
+    own = tokenizer(list(texts[:1]), return_tensors="pt")
+    with torch.no_grad():
+        vector = model.eval()(input_ids=own["input_ids"], attention_mask=own["attention_mask"]).last_hidden_state[0, 0]
+    assert torch.allclose(vector, features[0], atol=1e-5)
+    assert tokenizer.unk_token_id not in own["input_ids"]
+
+
+def test_a_checkpoint_says_how_many_tokens_it_can_read(checkpoint):
+    model, tokenizer = h.load_checkpoint(str(checkpoint), 40)
+    assert model.dtype == torch.float32 and getattr(model, "pooler", None) is None
+    longest = torch.full((1, 40), tokenizer.convert_tokens_to_ids(tokenizer.tokenize("a"))[0])
+    assert model(input_ids=longest, attention_mask=torch.ones_like(longest)).last_hidden_state.shape == (1, 40, 24)
+    with pytest.raises(ValueError, match="reads at most 40 tokens; set max_length=40 or less"):
+        h.load_checkpoint(str(checkpoint), 41)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(checkpoint):
+    tokens = torch.randint(5, 20, (3, 12))
+    found = []
+    for saving in (False, True):
+        model, _ = h.load_checkpoint(str(checkpoint), 32, saving)
+        assert model.is_activation_checkpointing == saving
+        torch.manual_seed(0)
+        out = model.train()(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
+        out.square().sum().backward()
+        found.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 20
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in found[0])
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="text checkpoint '.*nowhere' cannot be loaded: it is neither a whole folder"):
+        h.load_checkpoint(str(tmp_path / "nowhere"), 32)
+    with pytest.raises(ValueError, match="text checkpoint 'nobody/nothing' cannot be loaded"):
+        h.load_checkpoint("nobody/nothing", 32)
+
+
+def test_a_changed_checkpoint_makes_its_stage_stale(checkpoint):
+    before = h.hash_source(str(checkpoint))
+    assert before == h.hash_source(str(checkpoint)) != str(checkpoint)
+    (checkpoint / "config.json").write_text((checkpoint / "config.json").read_text() + " ")
+    assert h.hash_source(str(checkpoint)) != before
+    assert h.hash_source("almanach/camembert-base") == "almanach/camembert-base"
+
+
+def test_frozen_encoder_keeps_the_checkpoints_features(checkpoint, make_run):
+    run = make_run(camembert=str(checkpoint), freeze_encoders=True, pooling="mean")
+    assert run.folder.parent.parent.name == "described-frozen"
+    h.split_stage(run)
+    h.text_stage(run)
+    folder = h.text_encoder_stage(run, "camembert", "description")
+    model, tokenizer = h.load_checkpoint(str(checkpoint), 32)
+    rows = h.tokenise(tokenizer, h.read_text(run)["description"], 32)
+    features = h.text_features(h.TextEncoder(model, "mean"), tokenizer, rows, 8, torch.float32, "test")
+    kept = h.load_tensors(folder / "features.safetensors", h.read_split(run)["product_id"])["features"]
+    assert torch.allclose(kept, features, atol=1e-5)
+    truth = h.read_split(run)["label_id"]
+    guess = h.head_probabilities(folder, kept).argmax(-1).numpy()
+    assert (guess == truth)[h.read_split(run)["part"] == "train"].mean() > 0.5 > np.bincount(truth).max() / len(truth)
+
+
+def test_full_size_encoders_have_the_published_parameters():
+    """CamemBERT-base 110.6 M (110.0 M without its pooler), FlauBERT-base cased 138.2 M, at the paper's width."""
+    def millions(model):
+        return round(sum(p.numel() for p in model.parameters()) / 1e6, 1)
+
+    with torch.device("meta"):
+        camembert = CamembertConfig(vocab_size=32_005, max_position_embeddings=514, type_vocab_size=1)
+        assert millions(CamembertModel(camembert)) == 110.6
+        assert millions(CamembertModel(camembert, add_pooling_layer=False)) == 110.0
+        assert millions(FlaubertModel(FlaubertConfig(vocab_size=68_729, emb_dim=768, n_layers=12, n_heads=12))) == 138.2
