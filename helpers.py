@@ -16,8 +16,9 @@ The notebooks import this module as ``h``. Sections follow the notebooks; a sect
     11 Regions             equation (2): 16 x 16 tiles, averaged                      06
     12 Fusion              equation (1): Z, hierarchy, classifier                     07
     13 Result tables       test scores, Tables I to V beside the paper's              08
-    14 Figures             one look for every figure                                  all
-    15 Notebook display    source, captions, text from results                        all
+    14 New products        any product's classes, submission files of the challenge    run.py
+    15 Figures             one look for every figure                                  all
+    16 Notebook display    source, captions, text from results                        all
 
 "The paper" is Tashu, Fattouh, Kiss, Horvath: Multimodal E-Commerce Product Classification Using
 Hierarchical Fusion (2022). Importing this module reads and writes nothing.
@@ -32,6 +33,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -596,12 +598,15 @@ LAYOUTS = {
         "x": "X_train_update.csv", "y": "Y_train_CVw08PX.csv", "separator": ",",
         "columns": {"designation": "title", "description": "description", "productid": "product_id",
                     "imageid": "image_id"},
-        "label": "prdtypecode", "images": ("images/image_train", "image_train")},
+        "label": "prdtypecode", "images": ("images/image_train", "image_train"),
+        "test": {"X_test_update.csv": ("images/image_test", "image_test")}},  # unlabelled, and its pictures' folders
     "SIGIR": {
         "x": "X_train.tsv", "y": "Y_train.tsv", "separator": "\t",
         "columns": {"Title": "title", "Description": "description", "Product_id": "product_id",
                     "Image_id": "image_id"},
-        "label": "Prdtypecode", "images": ("image_training", "images/image_training", "images")},
+        "label": "Prdtypecode", "images": ("image_training", "images/image_training", "images"),
+        "test": {f"x_test_task1_{phase}.tsv": (f"image_test/image_test_task1_{phase}", "image_test", "images")
+                 for phase in ("phase2", "phase1")}},
 }
 CLASSES = ROOT / "data" / "rakuten_classes.csv"
 PUBLISHED = ROOT / "data" / "published_results.csv"
@@ -656,26 +661,53 @@ def load_catalogue(folder: Path) -> pd.DataFrame:
     does not fit. Shown in 01. Used in 01, 02 and 05.
     """
     layout = LAYOUTS[find_layout(folder)]
-    text = {theirs: str for theirs, ours in layout["columns"].items() if ours in FIELDS}
-    read = partial(pd.read_csv, sep=layout["separator"], index_col=0, keep_default_na=False, dtype=text)
-    x, y = read(folder / layout["x"]), read(folder / layout["y"])
-    for table, columns, file in ((x, layout["columns"], layout["x"]), (y, [layout["label"]], layout["y"])):
-        if missing := [column for column in columns if column not in table]:
-            raise ValueError(f"{folder / file} has no column {', '.join(missing)}; found: {', '.join(table)}")
+    x, y = read_products(folder, layout["x"], layout["images"]), read_table(folder, layout["y"], [layout["label"]])
     if not x.index.equals(y.index):
         raise ValueError(f"{layout['x']} ({len(x)} rows) and {layout['y']} ({len(y)} rows) in {folder} "
                          "do not list the same products in the same order; download both again")
-    products = x.rename(columns=layout["columns"])[list(layout["columns"].values())].reset_index(drop=True)
-    products["prdtypecode"] = y[layout["label"]].to_numpy()
-    products["label_id"] = encode_labels(products["prdtypecode"])
-    if not products["product_id"].is_unique:
-        raise ValueError(f"product ids in {folder / layout['x']} are not unique: "
-                         f"{products['product_id'][products['product_id'].duplicated()].iloc[0]} occurs twice")
-    images = next((folder / name for name in layout["images"] if (folder / name).is_dir()),
-                  folder / layout["images"][0])
-    products["picture"] = [str(images / f"image_{image}_product_{product}.jpg") for image, product
-                           in zip(products["image_id"], products["product_id"])]
-    return products
+    products = x.drop(columns="picture").assign(prdtypecode=y[layout["label"]])
+    return products.assign(label_id=encode_labels(products["prdtypecode"]), picture=x["picture"]).reset_index(drop=True)
+
+
+def load_test_products(folder: Path) -> pd.DataFrame:
+    """The challenge's unlabelled products: columns as `load_catalogue`'s but for the labels, and the file's own index.
+
+    FileNotFoundError names the files that would do. SIGIR's second phase is taken before its first.
+    """
+    tables = LAYOUTS[find_layout(folder)]["test"]
+    return read_products(folder, test_table(folder), tables[test_table(folder)])
+
+
+def test_table(folder: Path) -> str:
+    """The name of the file that lists the challenge's unlabelled products; FileNotFoundError if there is none."""
+    tables = LAYOUTS[find_layout(folder)]["test"]
+    if not (found := [name for name in tables if (folder / name).exists()]):
+        raise FileNotFoundError(f"no unlabelled products in {folder}: it needs {' or '.join(tables)} "
+                                "(see data/README.md)")
+    return found[0]
+
+
+def read_products(folder: Path, file: str, images: Sequence[str]) -> pd.DataFrame:
+    """[product_id, image_id, title, description, picture] of one table, with its index; pictures in one of `images`."""
+    columns = LAYOUTS[find_layout(folder)]["columns"]
+    x = read_table(folder, file, list(columns))[list(columns)].rename(columns=columns)
+    if not x["product_id"].is_unique:
+        raise ValueError(f"product ids in {folder / file} are not unique: "
+                         f"{x['product_id'][x['product_id'].duplicated()].iloc[0]} occurs twice")
+    place = next((folder / name for name in images if (folder / name).is_dir()), folder / images[0])
+    x["picture"] = [str(place / f"image_{image}_product_{product}.jpg") for image, product
+                    in zip(x["image_id"], x["product_id"])]
+    return x
+
+
+def read_table(folder: Path, file: str, columns: Sequence[str]) -> pd.DataFrame:
+    """A table of the catalogue as it is, texts as texts and "" where one is missing; ValueError names a lost column."""
+    layout = LAYOUTS[find_layout(folder)]
+    text = {theirs: str for theirs, ours in layout["columns"].items() if ours in FIELDS}
+    table = pd.read_csv(folder / file, sep=layout["separator"], index_col=0, keep_default_na=False, dtype=text)
+    if missing := [column for column in columns if column not in table]:
+        raise ValueError(f"{folder / file} has no column {', '.join(missing)}; found: {', '.join(table)}")
+    return table
 
 
 def encode_labels(codes: pd.Series) -> pd.Series:
@@ -947,7 +979,7 @@ def map_texts(function: Callable[[str], object], texts: Sequence[str], label: st
     if len(texts) < MANY_TEXTS:
         yield from bar.track(map(function, texts))
     else:
-        share = len(texts) // (16 * joblib.cpu_count()) + 1  # of one message: `function` is sent with each
+        share = len(texts) // (8 * joblib.cpu_count()) + 1  # of one message: `function` is sent with each
         work = joblib.Parallel(joblib.cpu_count(), return_as="generator", batch_size=share, pre_dispatch="all")
         yield from bar.track(work(joblib.delayed(function)(text) for text in texts))
         joblib.externals.loky.get_reusable_executor().shutdown()  # they would wait, and keep their memory
@@ -1486,7 +1518,10 @@ def tokenise(tokenizer, texts: Sequence[str], max_length: int) -> list[dict[str,
     """
     texts = list(texts)
     if tokenizer.is_fast:
-        ids = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
+        rust = tokenizer.backend_tokenizer  # itself, so that no offsets into the texts are computed
+        rust.no_padding()
+        rust.enable_truncation(max_length, direction=tokenizer.truncation_side)
+        ids = [found.ids for found in rust.encode_batch_fast(texts)]
     elif len(texts) < MANY_TEXTS:
         ids = [tokenizer.encode(text, truncation=True, max_length=max_length) for text in texts]
     else:
@@ -1498,7 +1533,9 @@ def cached_ids(tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
     """The token ids of each text; computed once, then read from data/cache: ids one after another, and their ends."""
     def write(path: Path) -> None:
         encode = partial(tokenizer.encode, truncation=True, max_length=max_length)
-        rows = list(map_texts(encode, texts, "tokens"))
+        distinct = list(dict.fromkeys(texts))
+        known = dict(zip(distinct, map_texts(encode, distinct, "tokens")))
+        rows = [known[text] for text in texts]
         ends = torch.tensor([len(row) for row in rows]).cumsum(0)
         save_file({"ids": torch.tensor([i for row in rows for i in row], dtype=torch.int32), "ends": ends}, path)
 
@@ -1534,9 +1571,9 @@ def text_encoder_stage(run: Run, encoder: str, field: str) -> Path:
         training = text[text["part"] == "train"]
         set_seed(run.seed)
         both_fields = [*training["title"], *training["description"]]  # one tokenizer serves both fields
-        with group().main_process_first():  # a small tokenizer's files are written by one
+        with group().main_process_first():  # a small tokenizer's files, and cached tokens, are written by one
             model, tokenizer = load_text_model(run, encoder, both_fields, out / "encoder")
-        rows = tokenise(tokenizer, text[field], profile.max_length)
+            rows = tokenise(tokenizer, text[field], profile.max_length)
         lengths = np.array([len(row["input_ids"]) for row in rows])
         classifier = Classifier(TextEncoder(model, profile.pooling), model.config.hidden_size,
                                 dropout=profile.text_dropout)
@@ -1579,6 +1616,20 @@ def decode_picture(path: str | Path, size: int) -> np.ndarray:
     with open_picture(path) as picture:
         small = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
     return np.asarray(small).transpose(2, 0, 1)
+
+
+class DecodedPictures:
+    """Pictures of `paths`, decoded when they are asked for: a slice gives uint8 [n, 3, size, size]."""
+
+    def __init__(self, paths: Sequence[str], size: int):
+        self.paths, self.size = list(paths), size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
+            return np.stack(list(pool.map(partial(decode_picture, size=self.size), self.paths[part])))
 
 
 def cached_pictures(run: Run, size: int) -> np.ndarray:
@@ -1728,6 +1779,24 @@ class RegionEncoder(nn.Module):
         return regional_features(self.encoder, pixels, self.grid)
 
 
+def image_features(run: Run, name: str, pictures_of: Callable[[int], Sequence]) -> Tensor:
+    """The vectors [N, width] of stage `name`, for the pictures that `pictures_of(pixels a side)` gives."""
+    profile = run.profile
+    whole = name == "image_whole" or profile.regions == "feature_map"
+    pictures = pictures_of(profile.image_size if whole else profile.region_size)
+    encoder = load_image_encoder(run)
+    batch = profile.image_batch if whole else 4  # a picture is 256 tiles
+    bar = Progress(name, len(pictures), "pictures")
+    slices = (pictures[start:start + batch] for start in range(0, len(pictures), batch))
+    batches = ({"pixels": normalise(torch.tensor(part))} for part in slices)
+    vectors = []
+    for found in encode(encoder if whole else RegionEncoder(encoder, profile.grid), batches):
+        vectors.append(found)
+        bar.advance(len(found))
+    bar.close()
+    return torch.cat(vectors)
+
+
 def image_features_stage(run: Run, name: str) -> Path:
     """Stage `image_regions` (P) or `image_whole` (whole pictures): features.safetensors, [N, width] by product id.
 
@@ -1736,22 +1805,9 @@ def image_features_stage(run: Run, name: str) -> Path:
     """
 
     def build(out: Path) -> dict:
-        profile = run.profile
-        whole = name == "image_whole" or profile.regions == "feature_map"
-        pictures = cached_pictures(run, profile.image_size if whole else profile.region_size)
-        encoder = load_image_encoder(run)
-        batch = profile.image_batch if whole else 4  # a picture is 256 tiles
-        bar = Progress(name, len(pictures), "pictures")
-        slices = (pictures[start:start + batch] for start in range(0, len(pictures), batch))
-        batches = ({"pixels": normalise(torch.tensor(part))} for part in slices)
-        encoder = encoder if whole else RegionEncoder(encoder, profile.grid)
-        vectors = []
-        for found in encode(encoder, batches):
-            vectors.append(found)
-            bar.advance(len(found))
-        bar.close()
-        save_tensors(out / "features.safetensors", np.sort(read_split(run)["product_id"]), features=torch.cat(vectors))
-        return {"width": vectors[0].shape[1]}
+        features = image_features(run, name, partial(cached_pictures, run))
+        save_tensors(out / "features.safetensors", np.sort(read_split(run)["product_id"]), features=features)
+        return {"width": features.shape[1]}
 
     return stage(run, name, build, READS[name], inputs={"pictures": catalogue_hash(catalogue_folder(run))})
 
@@ -1793,6 +1849,13 @@ class Variant:
 TABLE_VARIANTS = (Variant("concat", "concat"), Variant("concat", "add"), Variant("concat", "average"),
                   Variant("average", "average"), Variant("average", "average", "dropout"),
                   Variant("average", "average", "layers"))
+
+
+def named_variant(name: str) -> Variant:
+    """The variant of that name, such as "concat-add" or "average-average-dropout"; ValueError lists all names."""
+    every = (Variant(*choice) for choice in itertools.product(FUSIONS, FUSIONS, HEADS, (True, False)))
+    variants = {variant.name: variant for variant in every}
+    return variants[one_of("variant", name, variants)]
 
 
 class ImageReduction(nn.Module):
@@ -2032,7 +2095,53 @@ def data_note(run: Run) -> str:
 
 
 # ======================================================================================================
-# 14  Figures
+# 14  New products
+# ======================================================================================================
+def represent_products(run: Run, products: pd.DataFrame) -> dict[str, Tensor]:
+    """T_c, D_c, T_f, D_f and P [N, width] of any products [title, description, picture], by the run's encoders."""
+    profile, found = run.profile, {}
+    texts = {field: clean_texts(products[field], profile.clean, f"cleaning each {field}") for field in FIELDS}
+    for symbol, name in REPRESENTATIONS.items():
+        if symbol == "P":
+            found[symbol] = image_features(run, name, partial(DecodedPictures, products["picture"]))
+            continue
+        model, tokenizer = load_checkpoint(str(read_stage(run, name) / "encoder"), profile.max_length)
+        rows = tokenise(tokenizer, texts[name.rpartition("_")[2]], profile.max_length)
+        found[symbol] = text_features(TextEncoder(model, profile.pooling), tokenizer, rows, 4 * profile.text_batch,
+                                      precision(profile), name)
+    return found
+
+
+def predict_products(run: Run, products: pd.DataFrame, variant: Variant) -> Tensor:
+    """Class probabilities [N, 27] of any products [title, description, picture (path)], in their order.
+
+    An empty description is allowed. A run on `rows="described"` never saw one, so what its description encoders make
+    of it is a guess, and such a row leans on title and picture; a run on `rows="all"` has learnt it. FileNotFoundError
+    if the run has no trained `variant`.
+    """
+    return fusion_probabilities(run, variant, represent_products(run, products))
+
+
+def write_submission(run: Run, variant: Variant) -> Path:
+    """Predict the challenge's unlabelled products; the path of the file to submit, below `<run>/submissions`.
+
+    ENS: comma-separated, header `,prdtypecode`; SIGIR: tab-separated, header `Integer_id`, `Prdtypecode`. The first
+    column is the test table's index.
+    """
+    folder = catalogue_folder(run)
+    layout, products = LAYOUTS[find_layout(folder)], load_test_products(folder)
+    predicted = predict_products(run, products, variant).argmax(-1).numpy()
+    table = pd.DataFrame({layout["label"]: load_classes()["prdtypecode"].to_numpy()[predicted]}, index=products.index)
+    name = Path(test_table(folder))
+    path = run.folder / "submissions" / variant.name / f"y{name.stem[1:]}_pred{name.suffix}"  # SIGIR's naming
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path.with_suffix(".partial"), sep=layout["separator"])
+    path.with_suffix(".partial").rename(path)
+    return path
+
+
+# ======================================================================================================
+# 15  Figures
 # ======================================================================================================
 COLOURS = {"camembert": "#004D80", "flaubert": "#3D9BD6", "image": "#D55E00", "fusion": "#222222", "paper": "#767676",
            "data": "#4F7A6B"}
@@ -2118,7 +2227,7 @@ def plot_scores(ax, scores: pd.DataFrame, metric: str, published: pd.Series | No
 
 
 # ======================================================================================================
-# 15  Notebook display
+# 16  Notebook display
 # ======================================================================================================
 def show(*objects: object) -> None:
     """The source of helpers, as they run. Used in 01 to 08."""
