@@ -918,7 +918,9 @@ def cut_groups(rows: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFram
     """(the rest, a share of the rows), no group in both: of the 1 / share folds that with the fairest class counts."""
     labels = rows["label_id"].to_numpy()
     fair = share * np.bincount(labels)
-    folds = StratifiedGroupKFold(round(1 / share), shuffle=True, random_state=seed)
+    if (groups := rows["group"].nunique()) < (n := round(1 / share)):
+        raise ValueError(f"{groups} groups of duplicates cannot be cut into {n} folds; use grouped=False or more rows")
+    folds = StratifiedGroupKFold(n, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a class has fewer rows than there are folds: one is enough
         rest, part = min(folds.split(rows, labels, rows["group"]), key=lambda cut: np.abs(

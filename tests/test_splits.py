@@ -158,5 +158,8 @@ def test_class_whose_rows_are_all_copies_is_kept_for_training_or_named(products)
     one = products["label_id"].where(products["label_id"] == 26, products["product_id"])
     table = h.make_split(products, "80-20", 0, one)
     assert set(table.loc[table["label_id"] == 26, "part"]) == {"train"}  # the fold of fair counts is another
+    copies = pd.DataFrame({"label_id": [i % 20 for i in range(300)], "product_id": range(300)})
     with pytest.raises(ValueError, match="class .* has no training row.*grouped=False"):
-        h.make_split(products, "80-20", 0, products["label_id"])
+        h.make_split(copies, "80-20", 0, copies["label_id"])
+    with pytest.raises(ValueError, match="4 groups of duplicates.*5 folds.*grouped=False"):
+        h.make_split(products, "80-20", 0, [place % 4 for place in range(len(products))])
