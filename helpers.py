@@ -856,7 +856,7 @@ def cached_signs(folder: Path, products: pd.DataFrame) -> np.ndarray:
 def near_pairs(signs: np.ndarray, rows: int = 512) -> np.ndarray:
     """Pairs of rows [K, 2], the earlier first, that differ in at most NEAR_SIGNS signs; a row of zeros is near none.
 
-    All pairs are compared, as matrix products of `rows` rows: half a minute for 85,000 pictures on 2 cores.
+    All pairs are compared, as matrix products of `rows` rows: about half a minute for 85,000 pictures on 2 cores.
     """
     signs, found = signs.astype(np.float32), []
     for start in range(0, len(signs), rows):
