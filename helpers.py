@@ -6,8 +6,8 @@ The notebooks import this module as ``h``. Sections follow the notebooks; a sect
     1  Settings            words, profiles, runs                                      01
     2  Progress            one line that moves, in Jupyter, a terminal or a log       03
     3  Stages              manifests: skip what is done, redo what is stale           01
-    4  Catalogue           both public layouts, checks, labels                        01
-    5  Splits              90-10 and 80-20, stratified, keyed by product id           01
+    4  Catalogue           both public layouts, checks, labels, plain text            01
+    5  Splits              90-10 and 80-20, stratified, duplicates kept together      01
     6  Text                cleaning, tokenizers, TF-IDF baseline                      02
     7  Scores              accuracy, F1, bootstrap intervals, paired test             02, 08
     8  Fine-tuning         encoder + linear head, through transformers.Trainer        03
@@ -16,8 +16,9 @@ The notebooks import this module as ``h``. Sections follow the notebooks; a sect
     11 Regions             equation (2): 16 x 16 tiles, averaged                      06
     12 Fusion              equation (1): Z, hierarchy, classifier                     07
     13 Result tables       test scores, Tables I to V beside the paper's              08
-    14 Figures             one look for every figure                                  all
-    15 Notebook display    source, captions, text from results                        all
+    14 New products        any product's classes, submission files of the challenge    run.py
+    15 Figures             one look for every figure                                  all
+    16 Notebook display    source, captions, text from results                        all
 
 "The paper" is Tashu, Fattouh, Kiss, Horvath: Multimodal E-Commerce Product Classification Using
 Hierarchical Fusion (2022). Importing this module reads and writes nothing.
@@ -34,6 +35,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -48,9 +50,11 @@ import sys
 import tempfile
 import textwrap
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, lru_cache, partial
@@ -58,11 +62,13 @@ from pathlib import Path
 from pickle import UnpicklingError
 from urllib.parse import urlparse
 
+import joblib
 import matplotlib.pyplot as plt
 import nltk
 import numpy as np
 import pandas as pd
 import pretrainedmodels
+import scipy.fft
 import scipy.stats
 import seaborn as sns
 import sentencepiece
@@ -79,11 +85,13 @@ from PIL import Image
 from pretrainedmodels.models.senet import SENet, SEResNeXtBottleneck
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from selectolax.lexbor import LexborHTMLParser
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from sklearn.pipeline import make_pipeline
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -600,12 +608,15 @@ LAYOUTS = {
         "x": "X_train_update.csv", "y": "Y_train_CVw08PX.csv", "separator": ",",
         "columns": {"designation": "title", "description": "description", "productid": "product_id",
                     "imageid": "image_id"},
-        "label": "prdtypecode", "images": ("images/image_train", "image_train")},
+        "label": "prdtypecode", "images": ("images/image_train", "image_train"),
+        "test": {"X_test_update.csv": ("images/image_test", "image_test")}},  # unlabelled, and its pictures' folders
     "SIGIR": {
         "x": "X_train.tsv", "y": "Y_train.tsv", "separator": "\t",
         "columns": {"Title": "title", "Description": "description", "Product_id": "product_id",
                     "Image_id": "image_id"},
-        "label": "Prdtypecode", "images": ("image_training", "images/image_training", "images")},
+        "label": "Prdtypecode", "images": ("image_training", "images/image_training", "images"),
+        "test": {f"x_test_task1_{phase}.tsv": (f"image_test/image_test_task1_{phase}", "image_test", "images")
+                 for phase in ("phase2", "phase1")}},
 }
 CLASSES = ROOT / "data" / "rakuten_classes.csv"
 PUBLISHED = ROOT / "data" / "published_results.csv"
@@ -660,26 +671,53 @@ def load_catalogue(folder: Path) -> pd.DataFrame:
     does not fit. Shown in 01. Used in 01, 02 and 05.
     """
     layout = LAYOUTS[find_layout(folder)]
-    text = {theirs: str for theirs, ours in layout["columns"].items() if ours in FIELDS}
-    read = partial(pd.read_csv, sep=layout["separator"], index_col=0, keep_default_na=False, dtype=text)
-    x, y = read(folder / layout["x"]), read(folder / layout["y"])
-    for table, columns, file in ((x, layout["columns"], layout["x"]), (y, [layout["label"]], layout["y"])):
-        if missing := [column for column in columns if column not in table]:
-            raise ValueError(f"{folder / file} has no column {', '.join(missing)}; found: {', '.join(table)}")
+    x, y = read_products(folder, layout["x"], layout["images"]), read_table(folder, layout["y"], [layout["label"]])
     if not x.index.equals(y.index):
         raise ValueError(f"{layout['x']} ({len(x)} rows) and {layout['y']} ({len(y)} rows) in {folder} "
                          "do not list the same products in the same order; download both again")
-    products = x.rename(columns=layout["columns"])[list(layout["columns"].values())].reset_index(drop=True)
-    products["prdtypecode"] = y[layout["label"]].to_numpy()
-    products["label_id"] = encode_labels(products["prdtypecode"])
-    if not products["product_id"].is_unique:
-        raise ValueError(f"product ids in {folder / layout['x']} are not unique: "
-                         f"{products['product_id'][products['product_id'].duplicated()].iloc[0]} occurs twice")
-    images = next((folder / name for name in layout["images"] if (folder / name).is_dir()),
-                  folder / layout["images"][0])
-    products["picture"] = [str(images / f"image_{image}_product_{product}.jpg") for image, product
-                           in zip(products["image_id"], products["product_id"])]
-    return products
+    products = x.drop(columns="picture").assign(prdtypecode=y[layout["label"]])
+    return products.assign(label_id=encode_labels(products["prdtypecode"]), picture=x["picture"]).reset_index(drop=True)
+
+
+def load_test_products(folder: Path) -> pd.DataFrame:
+    """The challenge's unlabelled products: columns as `load_catalogue`'s but for the labels, and the file's own index.
+
+    FileNotFoundError names the files that would do. SIGIR's second phase is taken before its first.
+    """
+    tables = LAYOUTS[find_layout(folder)]["test"]
+    return read_products(folder, test_table(folder), tables[test_table(folder)])
+
+
+def test_table(folder: Path) -> str:
+    """The name of the file that lists the challenge's unlabelled products; FileNotFoundError if there is none."""
+    tables = LAYOUTS[find_layout(folder)]["test"]
+    if not (found := [name for name in tables if (folder / name).exists()]):
+        raise FileNotFoundError(f"no unlabelled products in {folder}: it needs {' or '.join(tables)} "
+                                "(see data/README.md)")
+    return found[0]
+
+
+def read_products(folder: Path, file: str, images: Sequence[str]) -> pd.DataFrame:
+    """[product_id, image_id, title, description, picture] of one table, with its index; pictures in one of `images`."""
+    columns = LAYOUTS[find_layout(folder)]["columns"]
+    x = read_table(folder, file, list(columns))[list(columns)].rename(columns=columns)
+    if not x["product_id"].is_unique:
+        raise ValueError(f"product ids in {folder / file} are not unique: "
+                         f"{x['product_id'][x['product_id'].duplicated()].iloc[0]} occurs twice")
+    place = next((folder / name for name in images if (folder / name).is_dir()), folder / images[0])
+    x["picture"] = [str(place / f"image_{image}_product_{product}.jpg") for image, product
+                    in zip(x["image_id"], x["product_id"])]
+    return x
+
+
+def read_table(folder: Path, file: str, columns: Sequence[str]) -> pd.DataFrame:
+    """A table of the catalogue as it is, texts as texts and "" where one is missing; ValueError names a lost column."""
+    layout = LAYOUTS[find_layout(folder)]
+    text = {theirs: str for theirs, ours in layout["columns"].items() if ours in FIELDS}
+    table = pd.read_csv(folder / file, sep=layout["separator"], index_col=0, keep_default_na=False, dtype=text)
+    if missing := [column for column in columns if column not in table]:
+        raise ValueError(f"{folder / file} has no column {', '.join(missing)}; found: {', '.join(table)}")
+    return table
 
 
 def encode_labels(codes: pd.Series) -> pd.Series:
@@ -699,37 +737,190 @@ def catalogue_hash(folder: Path) -> str:
     return hash_json([*(hash_file(path) for path in (folder / layout["x"], folder / layout["y"], CLASSES)), sizes])
 
 
-def select_rows(products: pd.DataFrame, rows: str) -> pd.DataFrame:
+def select_rows(products: pd.DataFrame, rows: str, limit: int = 0, seed: int = 0) -> pd.DataFrame:
     """The rows that a protocol keeps: "described" (a description that is not blank; the paper's subset) or "all".
 
-    Used in 01.
+    Under "all" a missing description is the empty text. The encoders read it as `<s></s>` and learn during
+    fine-tuning what a missing text means; its vector is theirs, and so within the distribution that standardising
+    sees, as a vector of zeros would not be. To TF-IDF it is an empty document.
+
+    `limit` above 0 keeps so many of them: at least 3 of each class (or all, if it has fewer), and class shares as
+    close as whole rows allow (Sainte-Lague's method). `seed` chooses, the order of the file does not. ValueError,
+    with the smallest limit that works, if no split could be made of so few. Used in 01.
     """
-    one_of("rows", rows, CHOICES["rows"])
-    if rows == "all":
-        return products.reset_index(drop=True)
-    return products[products["description"].str.strip() != ""].reset_index(drop=True)
+    if one_of("rows", rows, CHOICES["rows"]) == "described":
+        products = products[products["description"].str.strip() != ""]
+    products = products.reset_index(drop=True)
+    if not limit or limit >= len(products):
+        return products
+    classes = products["label_id"].nunique()
+    if limit < 3 * classes:
+        raise ValueError(f"limit={limit} is too small for {classes} classes; set it to at least {3 * classes}")
+    labels = products.sort_values("product_id")["label_id"].sample(frac=1, random_state=seed)
+    turn = labels.groupby(labels).cumcount()  # 0 for a class's first row
+    claim = (labels.map(labels.value_counts()) / (turn + 0.5)).mask(turn < 3, np.inf)
+    kept = claim.sort_values(ascending=False, kind="stable").index[:limit]
+    return products.loc[kept.sort_values()].reset_index(drop=True)
+
+
+def strip_html(text: str) -> str:
+    """Plain text: entities decoded, each tag a space, runs of white space one space. Shown in 02."""
+    text = html.unescape(text)
+    if "<" in text:
+        page = LexborHTMLParser(text.replace("&", "&amp;"))  # so that the parser decodes nothing a second time
+        page.strip_tags(["script", "style"])
+        text = page.root.text(separator=" ") if page.root else ""
+    return " ".join(text.split())
+
+
+@contextmanager
+def open_picture(path: str | Path) -> Iterator[Image.Image]:
+    """The picture, to be read within; ValueError names a file that cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            yield picture
+    except OSError as error:
+        raise ValueError(f"picture {path} cannot be read ({error}); download it again or remove its row") from error
+
+
+def cache_file(name: str, write: Callable[[Path], None]) -> Path:
+    """`data/cache/<name>`, made by `write(path)` if it is missing; it appears only when it is whole."""
+    path = ROOT / "data" / "cache" / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial_path = path.with_name(f"{name}.{os.getpid()}.partial")
+        try:
+            write(partial_path)
+            partial_path.rename(path)
+        finally:
+            partial_path.unlink(missing_ok=True)
+    return path
 
 
 # ======================================================================================================
 # 5  Splits
 # ======================================================================================================
-def make_split(products: pd.DataFrame, split: str, seed: int) -> pd.DataFrame:
+SAME_WORDS = 8     # a text of so many words is a copy of one that differs in its numbers alone
+HASH_SIDE = 16     # 16 x 16 = 256 signs describe a picture
+NEAR_SIGNS = 16    # pictures that differ in so many signs, or fewer, are near duplicates
+PLAIN_PICTURE = 4  # grey levels: a picture that deviates less from its mean shows nothing
+
+
+def text_key(text: str) -> str:
+    """What near-duplicate texts share: their words, without HTML, case, accents and punctuation.
+
+    Numbers are left out of texts of at least SAME_WORDS other words, where they are a price, a size or a reference in
+    the same seller's sentence. In shorter ones they count: "volume 3" is not "volume 4". "" if there is no word.
+    """
+    letters = unicodedata.normalize("NFKD", strip_html(text).casefold())
+    letters = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    words = re.findall(r"[^\W\d_]+", letters)
+    return " ".join(words if len(words) >= SAME_WORDS else re.findall(r"[^\W_]+", letters))
+
+
+def picture_signs(path: str | Path) -> np.ndarray:
+    """A perceptual hash, int8 [256] of 1 and -1: which low frequencies of the grey picture are above their median.
+
+    All 0 for a plain picture, such as a white placeholder: its signs would be noise.
+    """
+    side = 4 * HASH_SIDE
+    with open_picture(path) as picture:
+        picture.draft("L", (side, side))  # a JPEG is decoded at an eighth, a quarter or half of its size
+        grey = np.asarray(picture.convert("L").resize((side, side), Image.Resampling.BOX), dtype=np.float32)
+    if grey.std() < PLAIN_PICTURE:
+        return np.zeros(HASH_SIDE ** 2, dtype=np.int8)
+    low = scipy.fft.dctn(grey, norm="ortho")[:HASH_SIDE, :HASH_SIDE].ravel()
+    return np.where(low > np.median(low), 1, -1).astype(np.int8)
+
+
+def cached_signs(folder: Path, products: pd.DataFrame) -> np.ndarray:
+    """`picture_signs` [N, 256] of a catalogue's products, made once and kept in data/cache."""
+    def write(path: Path) -> None:
+        bar = Progress("comparing pictures", len(products), "pictures")
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
+                signs = np.stack(list(bar.track(pool.map(picture_signs, products["picture"]))))
+        finally:
+            bar.close()
+        save_tensors(path, products["product_id"], signs=signs)
+
+    code, _ = code_and_settings(picture_signs)
+    name = hash_json([code, catalogue_hash(folder), sorted(map(int, products["product_id"]))])[:16]
+    path = cache_file(f"signs-{name}.safetensors", write)
+    return load_tensors(path, products["product_id"])["signs"].numpy()
+
+
+def near_pairs(signs: np.ndarray, rows: int = 512) -> np.ndarray:
+    """Pairs of rows [K, 2], the earlier first, that differ in at most NEAR_SIGNS signs; a row of zeros is near none.
+
+    All pairs are compared, as matrix products of `rows` rows: about half a minute for 85,000 pictures on 2 cores.
+    """
+    signs, found = signs.astype(np.float32), []
+    for start in range(0, len(signs), rows):
+        alike = signs[start:start + rows] @ signs[start:].T  # 256 - 2 x the number of differing signs
+        found.append(np.argwhere(alike >= signs.shape[1] - 2 * NEAR_SIGNS) + start)
+    pairs = np.concatenate(found)
+    return pairs[pairs[:, 0] < pairs[:, 1]]
+
+
+def duplicate_groups(products: pd.DataFrame, signs: np.ndarray) -> np.ndarray:
+    """A group number [N] for each product; linked products have the same one, directly or through others.
+
+    Two products are linked by the same title or the same description (`text_key`; empty texts link nothing) or by the
+    same or nearly the same picture (`near_pairs`).
+    """
+    links = [near_pairs(signs)]
+    for field in FIELDS:
+        keys = products[field].map(text_key).to_numpy()
+        rows = pd.Series(np.flatnonzero(keys != ""))
+        links.append(np.column_stack([rows.groupby(keys[rows]).transform("first"), rows]))
+    first, second = np.concatenate(links).T
+    graph = coo_array((np.ones(len(first), dtype=bool), (first, second)), shape=(len(products), len(products)))
+    return connected_components(graph, directed=False)[1]
+
+
+def make_split(products: pd.DataFrame, split: str, seed: int, groups: Sequence[int] | None = None) -> pd.DataFrame:
     """[product_id, label_id, part] with part train, val or test, stratified by class.
 
-    The test part is 10% or 20% of the rows, the validation part 10% of the others (paper, section V).
-    ValueError if a class has too few rows to be split. Shown in 01.
+    The test part is 10% or 20% of the rows, the validation part 10% of the others (paper, section V). With `groups`
+    (a number for each product) no group is in two parts, and the shares are kept as closely as whole groups allow.
+    ValueError if a class or all rows are too few to be split. Shown in 01.
     """
+    products = products.assign(group=range(len(products)) if groups is None else groups)
     products = products.sort_values("product_id")  # the file's order decides nothing
     counts = products["label_id"].value_counts()
     if counts.min() < 3:
         raise ValueError(f"class {counts.idxmin()} has {counts.min()} rows; a stratified split needs 3. "
                          "Use rows='all' or more rows")
-    rest, test = train_test_split(products, test_size=SPLITS[split], stratify=products["label_id"],
-                                  random_state=seed)
-    train, val = train_test_split(rest, test_size=VALIDATION_SHARE, stratify=rest["label_id"], random_state=seed)
+    cut = cut_rows if groups is None else cut_groups
+    rest, test = cut(products, SPLITS[split], seed)
+    train, val = cut(rest, VALIDATION_SHARE, seed)
+    if untrained := sorted(set(counts.index) - set(train["label_id"])):
+        raise ValueError(f"class {untrained[0]} has no training row: all its rows are copies of each other. "
+                         "Use grouped=False, more rows or another seed")
     parts = {"train": train, "val": val, "test": test}
     table = pd.concat([rows[["product_id", "label_id"]].assign(part=part) for part, rows in parts.items()])
     return table.sort_values("product_id", ignore_index=True)
+
+
+def cut_rows(rows: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(the rest, a stratified random share of the rows, and at least as many rows as there are classes)."""
+    size = max(math.ceil(share * len(rows)), rows["label_id"].nunique())
+    return tuple(train_test_split(rows, test_size=size, stratify=rows["label_id"], random_state=seed))
+
+
+def cut_groups(rows: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(the rest, a share of the rows), no group in both: of the 1 / share folds that with the fairest class counts."""
+    labels = rows["label_id"].to_numpy()
+    fair = share * np.bincount(labels)
+    if (groups := rows["group"].nunique()) < (n := round(1 / share)):
+        raise ValueError(f"{groups} groups of duplicates cannot be cut into {n} folds; use grouped=False or more rows")
+    folds = StratifiedGroupKFold(n, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a class has fewer rows than there are folds: one is enough
+        rest, part = min(folds.split(rows, labels, rows["group"]), key=lambda cut: np.abs(
+            np.bincount(labels[cut[1]], minlength=len(fair)) - fair).sum())
+    return rows.iloc[rest], rows.iloc[part]
 
 
 def split_stage(run: Run) -> Path:
@@ -737,8 +928,10 @@ def split_stage(run: Run) -> Path:
     folder = catalogue_folder(run)
 
     def build(out: Path) -> dict:
-        products = select_rows(load_catalogue(folder), run.profile.rows)
-        table = make_split(products, run.split, run.seed)
+        profile = run.profile
+        products = select_rows(load_catalogue(folder), profile.rows, profile.limit, run.seed)
+        groups = duplicate_groups(products, cached_signs(folder, products)) if profile.grouped else None
+        table = make_split(products, run.split, run.seed, groups)
         table.to_csv(out / "split.csv", index=False)
         return {part: int(n) for part, n in table["part"].value_counts().items()}
 
@@ -753,14 +946,8 @@ def read_split(run: Run) -> pd.DataFrame:
 # ======================================================================================================
 # 6  Text
 # ======================================================================================================
-def strip_html(text: str) -> str:
-    """Plain text: entities decoded, each tag a space, runs of white space one space. Shown in 02."""
-    text = html.unescape(text)
-    if "<" in text:
-        page = LexborHTMLParser(text.replace("&", "&amp;"))  # so that the parser decodes nothing a second time
-        page.strip_tags(["script", "style"])
-        text = page.root.text(separator=" ") if page.root else ""
-    return " ".join(text.split())
+split_words = partial(nltk.word_tokenize, language="french", preserve_line=True)  # no sentences: needs no download
+MANY_TEXTS = 10_000  # from here on processes save more time than their start takes
 
 
 def clean_text(text: str, how: str = "paper") -> str:
@@ -771,7 +958,29 @@ def clean_text(text: str, how: str = "paper") -> str:
     text = strip_html(text)
     if how == "light":
         return text
-    return " ".join(nltk.word_tokenize(text, language="french", preserve_line=True)).lower()
+    return " ".join(split_words(text)).lower()
+
+
+def clean_texts(texts: Sequence[str], how: str, label: str) -> list[str]:
+    """`clean_text` of each text, in processes if they are many."""
+    plain = [strip_html(text) for text in texts]
+    return plain if how == "light" else [" ".join(words).lower() for words in map_texts(split_words, plain, label)]
+
+
+def map_texts(function: Callable[[str], object], texts: Sequence[str], label: str) -> Iterator:
+    """`function(text)` of each text in their order, shown as progress; in one process for each CPU if they are many.
+
+    `function` should be a library's: one of this module would make each process load all that it imports.
+    """
+    bar = Progress(label, len(texts), "texts")
+    if len(texts) < MANY_TEXTS:
+        yield from bar.track(map(function, texts))
+    else:
+        share = len(texts) // (8 * joblib.cpu_count()) + 1  # of one message: `function` is sent with each
+        work = joblib.Parallel(joblib.cpu_count(), return_as="generator", batch_size=share, pre_dispatch="all")
+        yield from bar.track(work(joblib.delayed(function)(text) for text in texts))
+        joblib.externals.loky.get_reusable_executor().shutdown()  # they would wait, and keep their memory
+    bar.close()
 
 
 def text_stage(run: Run) -> Path:
@@ -780,10 +989,8 @@ def text_stage(run: Run) -> Path:
 
     def build(out: Path) -> dict:
         products = load_catalogue(folder).set_index("product_id").loc[read_split(run)["product_id"]].reset_index()
-        bar = Progress("cleaning", len(products) * len(FIELDS), "texts")
         for field in FIELDS:
-            products[field] = [clean_text(text, run.profile.clean) for text in bar.track(products[field])]
-        bar.close()
+            products[field] = clean_texts(products[field], run.profile.clean, f"cleaning each {field}")
         products[["product_id", *FIELDS]].to_csv(out / "text.csv", index=False)
         return {"rows": len(products)}
 
@@ -1303,10 +1510,42 @@ def longest_input(model: nn.Module, tokenizer) -> int:
 
 
 def tokenise(tokenizer, texts: Sequence[str], max_length: int) -> list[dict[str, list[int]]]:
-    """input_ids and attention_mask of each text, cut at `max_length` tokens, not padded. Used in 02 to 04."""
-    found = tokenizer(list(texts), truncation=True, max_length=max_length)
-    return [{"input_ids": ids, "attention_mask": mask} for ids, mask
-            in zip(found["input_ids"], found["attention_mask"])]
+    """input_ids and attention_mask of each text, cut at `max_length` tokens, not padded.
+
+    A tokenizer in Rust takes all texts in one call. One in Python, such as FlauBERT's, takes them one by one; if they
+    are many, in processes, and the ids are kept in data/cache under a name made of the tokenizer's files and the texts.
+    An empty text, as of a missing description, has the opening and the closing token. Used in 02 to 04.
+    """
+    texts = list(texts)
+    if tokenizer.is_fast:
+        rust = tokenizer.backend_tokenizer  # itself, so that no offsets into the texts are computed
+        rust.no_padding()
+        rust.enable_truncation(max_length, direction=tokenizer.truncation_side)
+        ids = [found.ids for found in rust.encode_batch_fast(texts)]
+    elif len(texts) < MANY_TEXTS:
+        ids = [tokenizer.encode(text, truncation=True, max_length=max_length) for text in texts]
+    else:
+        ids = cached_ids(tokenizer, texts, max_length)
+    return [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]
+
+
+def cached_ids(tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
+    """The token ids of each text; computed once, then read from data/cache: ids one after another, and their ends."""
+    def write(path: Path) -> None:
+        encode = partial(tokenizer.encode, truncation=True, max_length=max_length)
+        distinct = list(dict.fromkeys(texts))
+        known = dict(zip(distinct, map_texts(encode, distinct, "tokens")))
+        rows = [known[text] for text in texts]
+        ends = torch.tensor([len(row) for row in rows]).cumsum(0)
+        save_file({"ids": torch.tensor([i for row in rows for i in row], dtype=torch.int32), "ends": ends}, path)
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {path.name: hash_file(path) for path in Path(folder).iterdir()}
+    key = [files, type(tokenizer).__name__, transformers.__version__, max_length, hash_json(texts)]
+    found = load_file(cache_file(f"tokens-{hash_json(key)[:16]}.safetensors", write))
+    ids, ends = found["ids"].tolist(), found["ends"].tolist()
+    return [ids[start:end] for start, end in zip([0, *ends], ends)]
 
 
 def text_features(encoder: TextEncoder, tokenizer, rows: list[dict], batch: int, dtype: torch.dtype,
@@ -1332,9 +1571,9 @@ def text_encoder_stage(run: Run, encoder: str, field: str) -> Path:
         training = text[text["part"] == "train"]
         set_seed(run.seed)
         both_fields = [*training["title"], *training["description"]]  # one tokenizer serves both fields
-        with group().main_process_first():  # a small tokenizer's files are written by one
+        with group().main_process_first():  # a small tokenizer's files, and cached tokens, are written by one
             model, tokenizer = load_text_model(run, encoder, both_fields, out / "encoder")
-        rows = tokenise(tokenizer, text[field], profile.max_length)
+            rows = tokenise(tokenizer, text[field], profile.max_length)
         lengths = np.array([len(row["input_ids"]) for row in rows])
         classifier = Classifier(TextEncoder(model, profile.pooling), model.config.hidden_size,
                                 dropout=profile.text_dropout)
@@ -1375,11 +1614,8 @@ SERESNEXT_MIRROR = "timm/legacy_seresnext50_32x4d.in1k"  # on the model hub: the
 
 def decode_picture(path: str | Path, size: int) -> np.ndarray:
     """The picture as uint8 [3, size, size] RGB; ValueError names a file that cannot be read. Shown in 05."""
-    try:
-        with Image.open(path) as picture:
-            small = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
-    except OSError as error:
-        raise ValueError(f"picture {path} cannot be read ({error}); download it again or remove its row") from error
+    with open_picture(path) as picture:
+        small = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
     return np.asarray(small).transpose(2, 0, 1)
 
 
@@ -1423,31 +1659,24 @@ def cached_pictures(run: Run, size: int) -> np.ndarray | DecodedPictures:
     if not run.profile.cache_pictures:
         return pictures
     name = hash_json([catalogue_hash(folder), list(map(int, products.index)), size])[:16]
-    path = ROOT / "data" / "cache" / f"pictures-{name}.npy"
-    if not path.exists():
-        write_pictures(path, pictures)
-    return np.load(path, mmap_mode="r")
+    return np.load(cache_file(f"pictures-{name}.npy", partial(write_pictures, pictures)), mmap_mode="r")
 
 
-def write_pictures(path: Path, pictures: DecodedPictures) -> None:
-    """Decode all pictures into one NumPy file, which appears when it is whole; OSError if the disk has no room."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_pictures(pictures: DecodedPictures, path: Path) -> None:
+    """Decode all pictures into one NumPy file; OSError if the disk has no room."""
     needed, free = math.prod(pictures.shape), shutil.disk_usage(path.parent).free
     if needed > free:
         raise OSError(f"the cache of decoded pictures needs {needed / 1e9:.2f} GB in {path.parent}, where "
                       f"{free / 1e9:.2f} GB are free; free some disk space, or set cache_pictures=False, which decodes "
                       "each picture in every epoch")
-    partial_path = path.with_suffix(f".{os.getpid()}.partial")
+    cache = np.lib.format.open_memmap(path, "w+", pictures.dtype, pictures.shape)
     bar = Progress("decoding", len(pictures), "pictures")
     try:
-        cache = np.lib.format.open_memmap(partial_path, "w+", pictures.dtype, pictures.shape)
         for i, picture in enumerate(bar.track(pictures.decode(range(len(pictures))))):
             cache[i] = picture
-        cache.flush()
-        partial_path.rename(path)
     finally:
         bar.close()
-        partial_path.unlink(missing_ok=True)
+    cache.flush()
 
 
 def augmentation(size: int) -> v2.Transform:
@@ -1925,6 +2154,13 @@ TABLE_VARIANTS = (Variant("concat", "concat"), Variant("concat", "add"), Variant
                   Variant("average", "average", "layers"))
 
 
+def named_variant(name: str) -> Variant:
+    """The variant of that name, such as "concat-add" or "average-average-dropout"; ValueError lists all names."""
+    every = (Variant(*choice) for choice in itertools.product(FUSIONS, FUSIONS, HEADS, (True, False)))
+    variants = {variant.name: variant for variant in every}
+    return variants[one_of("variant", name, variants)]
+
+
 class ImageReduction(nn.Module):
     """Conv1d with max-pooling that fits P [N, p] to the width of the text vector [N, width] (paper, section III.C).
 
@@ -2162,7 +2398,53 @@ def data_note(run: Run) -> str:
 
 
 # ======================================================================================================
-# 14  Figures
+# 14  New products
+# ======================================================================================================
+def represent_products(run: Run, products: pd.DataFrame) -> dict[str, Tensor]:
+    """T_c, D_c, T_f, D_f and P [N, width] of any products [title, description, picture], by the run's encoders."""
+    profile, found = run.profile, {}
+    texts = {field: clean_texts(products[field], profile.clean, f"cleaning each {field}") for field in FIELDS}
+    for symbol, name in REPRESENTATIONS.items():
+        if symbol == "P":
+            found[symbol] = represent_pictures(run, name, partial(DecodedPictures, products["picture"]))
+            continue
+        model, tokenizer = load_checkpoint(str(read_stage(run, name) / "encoder"), profile.max_length)
+        rows = tokenise(tokenizer, texts[name.rpartition("_")[2]], profile.max_length)
+        found[symbol] = text_features(TextEncoder(model, profile.pooling), tokenizer, rows, 4 * profile.text_batch,
+                                      precision(profile), name)
+    return found
+
+
+def predict_products(run: Run, products: pd.DataFrame, variant: Variant) -> Tensor:
+    """Class probabilities [N, 27] of any products [title, description, picture (path)], in their order.
+
+    An empty description is allowed. A run on `rows="described"` never saw one, so what its description encoders make
+    of it is a guess, and such a row leans on title and picture; a run on `rows="all"` has learnt it. FileNotFoundError
+    if the run has no trained `variant`.
+    """
+    return fusion_probabilities(run, variant, represent_products(run, products))
+
+
+def write_submission(run: Run, variant: Variant) -> Path:
+    """Predict the challenge's unlabelled products; the path of the file to submit, below `<run>/submissions`.
+
+    ENS: comma-separated, header `,prdtypecode`; SIGIR: tab-separated, header `Integer_id`, `Prdtypecode`. The first
+    column is the test table's index.
+    """
+    folder = catalogue_folder(run)
+    layout, products = LAYOUTS[find_layout(folder)], load_test_products(folder)
+    predicted = predict_products(run, products, variant).argmax(-1).numpy()
+    table = pd.DataFrame({layout["label"]: load_classes()["prdtypecode"].to_numpy()[predicted]}, index=products.index)
+    name = Path(test_table(folder))
+    path = run.folder / "submissions" / variant.name / f"y{name.stem[1:]}_pred{name.suffix}"  # SIGIR's naming
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path.with_suffix(".partial"), sep=layout["separator"])
+    path.with_suffix(".partial").rename(path)
+    return path
+
+
+# ======================================================================================================
+# 15  Figures
 # ======================================================================================================
 COLOURS = {"camembert": "#004D80", "flaubert": "#3D9BD6", "image": "#D55E00", "fusion": "#222222", "paper": "#767676",
            "data": "#4F7A6B"}
@@ -2248,7 +2530,7 @@ def plot_scores(ax, scores: pd.DataFrame, metric: str, published: pd.Series | No
 
 
 # ======================================================================================================
-# 15  Notebook display
+# 16  Notebook display
 # ======================================================================================================
 def show(*objects: object) -> None:
     """The source of helpers, as they run. Used in 01 to 08."""

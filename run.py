@@ -5,6 +5,7 @@
     python run.py doctor     whether all that a run needs is there
     python run.py report     write the report again
     python run.py stage      make stages without their notebooks
+    python run.py submit     predict the challenge's unlabelled products
     python run.py publish    copy the default run's notebooks and figures into the repository
 
 Each notebook runs in a kernel process of its own, through papermill. What a notebook computes is kept as stages
@@ -446,6 +447,18 @@ def stage(plan, names: Annotated[list[str], typer.Argument(help="none: all, in o
     for run in dict.fromkeys(step.run for step in plan):
         for name in names or stage_names():
             make_stage(run, name)
+
+
+@over_the_grid()
+def submit(plan,
+           variant: Annotated[str, typer.Option(help="fusion, such as concat-add or average-average")] = "concat-add"):
+    """Predict the challenge's unlabelled products with each run that has this fusion; print the files' paths."""
+    fusion, runs = h.named_variant(variant), list(dict.fromkeys(step.run for step in plan))
+    trained = [run for run in runs if (run.folder / f"fusion-{variant}").exists()]
+    for run in trained or runs[:1]:  # without a trained one the error names what is missing
+        with console.status(f"{run.name}: {variant} on the unlabelled products"):
+            path = h.write_submission(run, fusion)
+        console.print(f"Submission: {path}", highlight=False, soft_wrap=True)
 
 
 @app.command()

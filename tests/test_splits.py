@@ -77,3 +77,88 @@ def test_stage_keeps_the_rows_that_the_protocol_names(make_run, tiny_ens):
         metrics = h.read_manifest(run, "splits")["metrics"]
         assert metrics == h.read_split(run)["part"].value_counts().to_dict()
     assert len(h.read_split(described)) == 55 and len(h.read_split(everything)) == 60
+
+
+# --- limit --------------------------------------------------------------------------------------------
+@pytest.fixture
+def described(products):
+    return products.assign(description="x")
+
+
+def test_limit_keeps_class_shares_and_three_rows_of_each_class(described):
+    for limit in (60, 100, 333):
+        kept = h.select_rows(described, "all", limit, seed=0)
+        counts = kept["label_id"].value_counts()
+        assert len(kept) == limit and counts.min() >= 3 and set(counts.index) == set(SIZES)
+        for label, size in SIZES.items():
+            assert abs(counts[label] - limit * size / len(described)) <= 1
+        assert set(kept["product_id"]) <= set(described["product_id"]) and kept["product_id"].is_unique
+
+
+def test_rare_class_keeps_its_three_rows():
+    table = pd.DataFrame({"label_id": [0] * 500 + [1] * 500 + [2] * 4, "product_id": range(1004)})
+    counts = h.select_rows(table, "all", 60)["label_id"].value_counts()
+    assert counts[2] == 3 and abs(counts[0] - counts[1]) <= 1 and counts.sum() == 60
+
+
+def test_limit_follows_the_seed_and_not_the_order_of_the_file(described):
+    first = h.select_rows(described, "all", 80, seed=4)
+    other = h.select_rows(described[::-1], "all", 80, seed=4)
+    assert set(first["product_id"]) == set(other["product_id"])
+    assert set(first["product_id"]) != set(h.select_rows(described, "all", 80, seed=5)["product_id"])
+    places = described.set_index("product_id").index.get_indexer(first["product_id"])
+    assert (places[1:] > places[:-1]).all()  # in the order of the file
+
+
+def test_limit_above_the_rows_keeps_them_all(described):
+    for limit in (0, len(described), 10_000):
+        assert_frame_equal(h.select_rows(described, "all", limit), described)
+
+
+@pytest.mark.parametrize("split", h.SPLITS)
+@pytest.mark.parametrize("limit", [81, 300])
+def test_a_small_choice_has_as_many_validation_and_test_rows_as_classes(split, limit):
+    table = pd.DataFrame({"label_id": [i % 27 for i in range(5400)], "product_id": range(5400)})
+    parts = h.make_split(h.select_rows(table, "all", limit), split, 0).groupby("part")["label_id"]
+    assert parts.size().sum() == limit and parts.size().min() >= 27
+    assert parts.nunique().eq(27).all()
+
+
+def test_limit_that_no_split_can_use_names_the_smallest_that_works():
+    table = pd.DataFrame({"label_id": [i % 27 for i in range(5400)], "product_id": range(5400)})
+    with pytest.raises(ValueError, match="limit=80 is too small for 27 classes; set it to at least 81"):
+        h.select_rows(table, "all", 80)
+
+
+def test_stage_reads_limit_and_grouped(make_run):
+    limited, grouped = make_run(limit=50), make_run(grouped=True)
+    for run in (limited, grouped):
+        h.split_stage(run)
+        assert {"rows", "limit", "grouped"} <= set(h.read_manifest(run, "splits")["settings"])
+    assert len(h.read_split(limited)) == 50 and len(h.read_split(grouped)) == 55
+
+
+# --- duplicates kept together -------------------------------------------------------------------------
+def test_groups_are_in_one_part_and_shares_are_close(products):
+    rng = pd.Series(range(len(products))).sample(frac=1, random_state=2).to_numpy()
+    groups = rng // 3 % 150  # about 150 groups of 3 or 4 rows, of any classes
+    for split, share in h.SPLITS.items():
+        table = h.make_split(products, split, 0, groups)
+        group = pd.Series(groups, index=products["product_id"])[table["product_id"]].to_numpy()
+        assert (table.groupby(group)["part"].nunique() == 1).all()
+        assert set(table["product_id"]) == set(products["product_id"])
+        for label, size in SIZES.items():
+            test = ((table["label_id"] == label) & (table["part"] == "test")).sum()
+            assert abs(test - share * size) <= 0.05 * size + 2
+        assert_frame_equal(table, h.make_split(products[::-1], split, 0, groups[::-1]))
+
+
+def test_class_whose_rows_are_all_copies_is_kept_for_training_or_named(products):
+    one = products["label_id"].where(products["label_id"] == 26, products["product_id"])
+    table = h.make_split(products, "80-20", 0, one)
+    assert set(table.loc[table["label_id"] == 26, "part"]) == {"train"}  # the fold of fair counts is another
+    copies = pd.DataFrame({"label_id": [i % 20 for i in range(300)], "product_id": range(300)})
+    with pytest.raises(ValueError, match="class .* has no training row.*grouped=False"):
+        h.make_split(copies, "80-20", 0, copies["label_id"])
+    with pytest.raises(ValueError, match="4 groups of duplicates.*5 folds.*grouped=False"):
+        h.make_split(products, "80-20", 0, [place % 4 for place in range(len(products))])

@@ -80,6 +80,19 @@ def test_text_stage_cleans_every_row_of_the_split(make_run):
             assert row.description == h.clean_text(products.loc[row.product_id, "description"], how)
 
 
+# --- many texts, in processes -------------------------------------------------------------------------
+def test_many_texts_are_cleaned_in_processes_to_the_same_result(monkeypatch):
+    texts = [*TEXTS, "", "<br>"]
+    expected = [h.clean_text(text) for text in texts]
+    assert h.clean_texts(texts, "paper", "test") == expected
+    monkeypatch.setattr(h, "MANY_TEXTS", 10)
+    started = []
+    monkeypatch.setattr(h.joblib, "Parallel", lambda *args, real=h.joblib.Parallel, **more: started.append(1) or real(
+        *args, **more))
+    assert h.clean_texts(texts, "paper", "test") == expected and started == [1]
+    assert h.clean_texts(texts, "light", "test") == [h.clean_text(text, "light") for text in texts]
+
+
 # --- baseline -----------------------------------------------------------------------------------------
 def test_tfidf_finds_the_words_of_a_class_and_gives_probabilities_of_all_27():
     train = ["rouge pomme"] * 5 + ["bleu ciel"] * 5
@@ -169,6 +182,48 @@ def test_tokenise_equals_one_call_a_row_and_cuts_at_the_length(tokenizers, encod
         kept = alone if len(alone) <= 9 else [*alone[:8], alone[-1]]  # the closing token stays
         assert row == {"input_ids": kept, "attention_mask": [1] * len(kept)}
     assert h.tokenise(tokenizer, [""], 9)[0]["input_ids"] == [tokenizer.bos_token_id, tokenizer.sep_token_id]
+
+
+@encoders
+def test_many_texts_give_the_same_ids_computed_and_cached(run, tokenizers, encoder, monkeypatch):
+    texts = [*TEXTS, "", *TEXTS[:5]]
+    expected = [tokenizers[encoder](text, truncation=True, max_length=9) for text in texts]
+    expected = [{"input_ids": row["input_ids"], "attention_mask": row["attention_mask"]} for row in expected]
+    monkeypatch.setattr(h, "MANY_TEXTS", 10)
+    assert h.tokenise(tokenizers[encoder], texts, 9) == expected
+    assert tokenizers[encoder].is_fast == (encoder == "camembert")
+    monkeypatch.setattr(h, "map_texts", lambda *_: pytest.fail("computed again"))
+    assert h.tokenise(tokenizers[encoder], texts, 9) == expected
+
+
+def test_cached_ids_belong_to_texts_length_and_tokenizer(run, tokenizers, tmp_path, monkeypatch):
+    monkeypatch.setattr(h, "MANY_TEXTS", 10)
+    other = h.train_tokenizer("flaubert", TEXTS[:60], 150, tmp_path / "other")
+    asked = [(tokenizers["flaubert"], TEXTS[:20], 9), (tokenizers["flaubert"], TEXTS[1:21], 9),
+             (tokenizers["flaubert"], TEXTS[:20], 8), (other, TEXTS[:20], 9)]
+    for tokenizer, texts, length in asked:
+        assert [row["input_ids"] for row in h.tokenise(tokenizer, texts, length)] == [
+            tokenizer.encode(text, truncation=True, max_length=length) for text in texts]
+    files = sorted(path.name for path in (h.ROOT / "data" / "cache").iterdir())
+    assert len(files) == 4 and all(name.endswith(".safetensors") for name in files)
+
+
+def test_missing_descriptions_stay_empty_texts_to_the_end(make_run):
+    run = make_run(rows="all")
+    h.split_stage(run)
+    h.text_stage(run)
+    text = h.read_text(run)
+    missing = text["description"] == ""
+    assert missing.sum() == 5 and (text.loc[missing, "title"] != "").all()
+    h.text_encoder_stage(run, "camembert", "description")
+    folder = h.read_stage(run, "camembert_description")
+    features = h.load_tensors(folder / "features.safetensors", text["product_id"])["features"]
+    vectors = features[torch.tensor(missing.to_numpy())]
+    model, tokenizer = h.load_checkpoint(str(folder / "encoder"), 32)
+    with torch.no_grad():
+        frame = torch.tensor([[tokenizer.bos_token_id, tokenizer.eos_token_id]])  # <s></s>
+        own = model.eval()(input_ids=frame, attention_mask=torch.ones_like(frame)).last_hidden_state[0, 0]
+    assert torch.allclose(vectors, own.expand_as(vectors), atol=1e-5) and own.abs().max() > 0.01
 
 
 # --- encoders -----------------------------------------------------------------------------------------

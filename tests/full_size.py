@@ -1,0 +1,49 @@
+"""Tables of Rakuten's size and shape without a word of Rakuten's: what loading, cleaning and splitting are measured on.
+
+Real: the number of rows, the 27 codes and their row counts, with and without a description. Invented: the words, drawn
+from a made-up vocabulary as frequently as words are (Zipf's law), in texts of realistic length, some with HTML.
+"""
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import helpers as h
+
+VOCABULARY = 60_000
+TITLE = (11, 0.45, 56)          # words: median, spread of the logarithm, maximum
+DESCRIPTION = (62, 0.95, 2068)
+SYLLABLES = ("ba", "ché", "cro", "del", "é", "fan", "gui", "ja", "li", "lou", "mai", "né", "or", "pla", "qui", "ri",
+             "sou", "ta", "ver", "vi")
+DRESS = np.array(["{}"] * 20 + ["{},"] * 3 + ["{}."] * 3 + ["l'{}", "<p>{}</p>", "{}<br />", "<b>{}</b>",
+                                                            "{} &amp;", "&eacute;{}", "({})", "{} 20 cm"])
+
+
+def write_tables(folder: Path, rows: int | None = None, seed: int = 0) -> Path:
+    """Both tables in ENS layout, 84,916 rows or a draw of `rows` of them; no pictures. Returns `folder`."""
+    rng, classes = np.random.default_rng(seed), h.load_classes()
+    codes = np.repeat(classes["prdtypecode"].to_numpy(), classes["train_rows"])
+    described = np.concatenate([np.arange(total) < kept for total, kept
+                                in zip(classes["train_rows"], classes["rows_with_description"])])
+    order = rng.permutation(len(codes))[:rows]
+    words = np.array(["".join(word) for word in rng.choice(SYLLABLES, (VOCABULARY, 3))], dtype=object)
+    descriptions = texts(rng, words, len(order), DESCRIPTION, dressed=True)
+    table = pd.DataFrame({
+        "designation": texts(rng, words, len(order), TITLE, dressed=False),
+        "description": [text if kept else "" for text, kept in zip(descriptions, described[order])],
+        "productid": rng.permutation(4_000_000)[:len(order)], "imageid": rng.permutation(10**7)[:len(order)]})
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_csv(folder / h.LAYOUTS["ENS"]["x"])
+    pd.DataFrame({"prdtypecode": codes[order]}).to_csv(folder / h.LAYOUTS["ENS"]["y"])
+    return folder
+
+
+def texts(rng: np.random.Generator, words: np.ndarray, n: int, shape: tuple, dressed: bool) -> list[str]:
+    """`n` texts of a log-normal number of words; dressed ones carry punctuation, tags and entities."""
+    median, spread, most = shape
+    lengths = np.clip(rng.lognormal(np.log(median), spread, n), 1, most).astype(int)
+    ends = lengths.cumsum()
+    drawn = words[(rng.zipf(1.3, ends[-1]) - 1) % len(words)]
+    if dressed:
+        drawn = [form.format(word) for form, word in zip(rng.choice(DRESS, len(drawn)), drawn)]
+    return [" ".join(drawn[end - length:end]).capitalize() for end, length in zip(ends, lengths)]
