@@ -67,7 +67,6 @@ import matplotlib.pyplot as plt
 import nltk
 import numpy as np
 import pandas as pd
-import pretrainedmodels
 import scipy.fft
 import scipy.stats
 import seaborn as sns
@@ -82,7 +81,6 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, t
 from IPython import get_ipython
 from IPython.display import Markdown, display
 from PIL import Image
-from pretrainedmodels.models.senet import SENet, SEResNeXtBottleneck
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy.sparse import coo_array
@@ -114,6 +112,10 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_pt_utils import get_length_grouped_indices
+
+with torch.device("meta"):  # it builds two large networks while it is imported: half a GB that nobody needs
+    import pretrainedmodels
+    from pretrainedmodels.models.senet import SENet, SEResNeXtBottleneck
 
 # ======================================================================================================
 # 1  Settings
@@ -1763,6 +1765,10 @@ def pretrained_model(name: str) -> tuple[nn.Module, PictureFormat]:
         model = torchvision.models.get_model(wrapped, weights=None)
     else:  # copied, because the layers of some are made once, at import
         model = copy.deepcopy(getattr(pretrainedmodels, name)(num_classes=1000, pretrained=None))
+        if any(weight.is_meta for weight in model.parameters()):
+            model.to_empty(device=torch.get_default_device())
+            for layer in model.modules():
+                getattr(layer, "reset_parameters", lambda: None)()
     data = pretrained_settings(name)
     order = -1 if data["input_space"] == "BGR" else 1
     mean, std = ([value / data["input_range"][1] for value in data[key]][::order] for key in ("mean", "std"))

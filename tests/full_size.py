@@ -26,7 +26,7 @@ def write_tables(folder: Path, rows: int | None = None, seed: int = 0) -> Path:
     described = np.concatenate([np.arange(total) < kept for total, kept
                                 in zip(classes["train_rows"], classes["rows_with_description"])])
     order = rng.permutation(len(codes))[:rows]
-    words = np.array(["".join(word) for word in rng.choice(SYLLABLES, (VOCABULARY, 3))], dtype=object)
+    words = vocabulary(rng)
     descriptions = texts(rng, words, len(order), DESCRIPTION, dressed=True)
     table = pd.DataFrame({
         "designation": texts(rng, words, len(order), TITLE, dressed=False),
@@ -36,6 +36,17 @@ def write_tables(folder: Path, rows: int | None = None, seed: int = 0) -> Path:
     table.to_csv(folder / h.LAYOUTS["ENS"]["x"])
     pd.DataFrame({"prdtypecode": codes[order]}).to_csv(folder / h.LAYOUTS["ENS"]["y"])
     return folder
+
+
+def column(rows: int, shape: tuple, dressed: bool, seed: int = 0) -> list[str]:
+    """One column of `rows` texts, none of them empty."""
+    rng = np.random.default_rng(seed)
+    return texts(rng, vocabulary(rng), rows, shape, dressed)
+
+
+def vocabulary(rng: np.random.Generator) -> np.ndarray:
+    """Made-up words; the frequent ones come first."""
+    return np.array(["".join(word) for word in rng.choice(SYLLABLES, (VOCABULARY, 3))], dtype=object)
 
 
 def texts(rng: np.random.Generator, words: np.ndarray, n: int, shape: tuple, dressed: bool) -> list[str]:

@@ -1,0 +1,388 @@
+"""Speed, each as a ratio measured in one run: `make bench`. Writes figures/benchmark.csv and draws it.
+
+    python tests/benchmark.py                 all measurements, each in a process of its own
+    python tests/benchmark.py html regions    only these; prints, writes nothing
+
+Networks have their full size and random weights, which cost the same time as trained ones. Texts have the lengths of
+Rakuten's and not a word of them (full_size.py).
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import psutil
+import torch
+from bs4 import BeautifulSoup
+from full_size import DESCRIPTION, TITLE, column, write_tables
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CamembertConfig, CamembertModel, CamembertTokenizer, FlaubertConfig, FlaubertModel
+
+import costs
+import helpers as h
+
+COLUMN = 55_116           # rows with a description: a full column
+ROWS, BATCH, LONGEST = 256, 32, 256
+# Tokens of product texts, log-normal (median, spread), as measured on 2,818 of them with CamemBERT's tokenizer: titles
+# 22 on average, 40 at the 95th percentile; descriptions 141 after the cut at 256, which 19% reach; 35.1% are missing.
+TITLE_TOKENS, DESCRIPTION_TOKENS, MISSING = (20.1, 0.42), (127.0, 0.80), 0.351
+EPOCHS, PAIRS = 20, list(itertools.product(h.FUSIONS, h.FUSIONS))
+
+
+@dataclass
+class Ratio:
+    """A measured ratio beside its goal, which it should reach, or not exceed where `at_most`."""
+    what: str
+    against: str
+    ratio: float
+    goal: float
+    at_most: bool = False
+    seconds: float = float("nan")
+    seconds_against: float = float("nan")
+    note: str = ""
+
+    @property
+    def met(self) -> bool:
+        return self.ratio <= self.goal if self.at_most else self.ratio >= self.goal
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def in_turns(repeats: int, **ways: Callable[[], object]) -> dict[str, float]:
+    """The median seconds of each way, warmed up, which take turns so that all share the machine's noise."""
+    for function in ways.values():
+        function()
+    rounds = [{name: seconds(function) for name, function in ways.items()} for _ in range(repeats)]
+    return {name: statistics.median(times[name] for times in rounds) for name in ways}
+
+
+class Memory:
+    """The largest memory (bytes) of this process and its children together while the block runs, ten times a second.
+
+    Of pages that several processes share each counts its part (PSS).
+    """
+
+    def __enter__(self) -> Memory:
+        self.peak, self.over = 0, threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self) -> None:
+        me = psutil.Process()
+        while not self.over.wait(0.1):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self.peak = max(self.peak, sum(process.memory_full_info().pss for process
+                                               in (me, *me.children(recursive=True))))
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+
+# --- fine-tuning --------------------------------------------------------------------------------------
+class Clock(h.StudyCallback):
+    """Notes the seconds of all steps of the last epoch."""
+    taken = 0.0
+
+    def on_epoch_begin(self, *args, **kwargs):
+        super().on_epoch_begin(*args, **kwargs)
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *args, **kwargs):
+        super().on_step_end(*args, **kwargs)
+        Clock.taken = time.perf_counter() - self.start
+
+
+def camembert() -> CamembertModel:
+    """CamemBERT-base with random weights."""
+    return CamembertModel(CamembertConfig(vocab_size=32_005, max_position_embeddings=514, type_vocab_size=1),
+                          add_pooling_layer=False)
+
+
+def token_lengths(field: str) -> np.ndarray:
+    """Tokens of ROWS texts; a missing one has two, the opening and the closing token."""
+    rng = np.random.default_rng(0)
+    median, spread = TITLE_TOKENS if field == "title" else DESCRIPTION_TOKENS
+    lengths = np.clip(rng.lognormal(np.log(median), spread, ROWS), 3, LONGEST).astype(int)
+    return lengths if field == "title" else np.where(rng.random(ROWS) < MISSING, 2, lengths)
+
+
+def seconds_of_an_epoch(lengths: np.ndarray, padded: bool) -> float:
+    """Seconds of one epoch of `finetune` on rows of these lengths; `padded`: each of them to 256 tokens."""
+    rng, model = np.random.default_rng(0), camembert()
+    rows = [{"input_ids": rng.integers(5, 32_005, n).tolist(), "attention_mask": [1] * n} for n in lengths]
+    train = h.RowDataset(rows.__getitem__, rng.integers(0, 27, len(rows)))
+    val = h.RowDataset(rows[:4].__getitem__, train.labels[:4])
+    tokenizer = CamembertTokenizer()
+    width = {"padding": "max_length", "max_length": LONGEST} if padded else {}
+    pad = partial(tokenizer.pad, return_tensors="pt", **width)
+    h.StudyCallback = Clock
+    with tempfile.TemporaryDirectory() as folder:
+        h.finetune(h.Classifier(h.TextEncoder(model), 768), train, val, Path(folder), h.make_profile("paper"),
+                   collate=lambda batch: dict(pad(batch)), epochs=1, batch=BATCH, lr=2e-5, weight_decay=0.01, seed=0,
+                   lengths=lengths.tolist())
+    return Clock.taken
+
+
+def matrix_peak() -> float:
+    """FLOP/s of the machine's large matrix products in single precision."""
+    n = 4096
+    a, b = torch.rand(n, n), torch.rand(n, n)
+    return 2 * n ** 3 / in_turns(5, product=lambda: a @ b)["product"]
+
+
+def finetuning() -> list[Ratio]:
+    """Batches of equal length against rows that are all padded to 256, and the share of the machine's peak."""
+    peak = matrix_peak()
+    padded = seconds_of_an_epoch(np.full(ROWS, LONGEST), padded=True)
+    goals, found, flop, taken = {"title": 8.0, "description": 2.2}, [], 0.0, 0.0
+    for field, goal in goals.items():
+        lengths = token_lengths(field)
+        ours = seconds_of_an_epoch(lengths, padded=False)
+        flop += sum(costs.text_network(h.make_profile("paper"), "camembert", int(n)).training for n in lengths)
+        taken += ours
+        found.append(Ratio(f"an epoch of fine-tuning CamemBERT-base on {field}s", "every row padded to 256 tokens",
+                           padded / ours, goal, seconds=ours, seconds_against=padded,
+                           note=f"{ROWS} rows, {lengths.mean():.0f} tokens on average"))
+    return [*found, Ratio("useful FLOP/s of these two epochs", "matrix products of 4096 x 4096, single precision",
+                          flop / taken / peak, 0.40, note=f"{flop / taken / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s")]
+
+
+# --- text ---------------------------------------------------------------------------------------------
+def html() -> list[Ratio]:
+    """Plain text of descriptions."""
+    raw = column(COLUMN, DESCRIPTION, dressed=True)
+    ours = seconds(lambda: [h.strip_html(text) for text in raw])
+    theirs = seconds(lambda: [BeautifulSoup(text, "html.parser").get_text() for text in raw])
+    return [Ratio("HTML to text of a full column", "BeautifulSoup's get_text on each row", theirs / ours, 5,
+                  seconds=ours, seconds_against=theirs, note=f"{len(raw):,} descriptions")]
+
+
+def tokens() -> list[Ratio]:
+    """Both tokenizers on a full column of cleaned texts."""
+    titles = h.clean_texts(column(COLUMN, TITLE, dressed=False), "paper", "cleaning")
+    plain = h.clean_texts(column(COLUMN, DESCRIPTION, dressed=True), "paper", "cleaning")
+    fast, found = h.train_unigram(plain[:5000], 8000), []
+    for field, texts in (("titles", titles), ("descriptions", plain)):
+        taken = in_turns(3, each=lambda: [fast(text, truncation=True, max_length=LONGEST) for text in texts],
+                         once=lambda: h.tokenise(fast, texts, LONGEST))
+        found.append(Ratio(f"CamemBERT's tokens of all {field}", "one call per row", taken["each"] / taken["once"], 5,
+                           seconds=taken["once"], seconds_against=taken["each"], note=f"{len(texts):,} {field}"))
+    with tempfile.TemporaryDirectory() as folder:
+        h.ROOT = Path(folder)  # an empty cache
+        slow = h.train_bpe(plain[:5000], 8000, Path(folder))
+        each = seconds(lambda: [slow(text, truncation=True, max_length=LONGEST) for text in plain])
+        for what, goal in (("the first time", 1.7), ("read from the cache", 50)):
+            ours = seconds(lambda: h.tokenise(slow, plain, LONGEST))
+            found.append(Ratio(f"FlauBERT's tokens of all descriptions, {what}", "one call per row", each / ours, goal,
+                               seconds=ours, seconds_against=each, note=f"{len(plain):,} descriptions"))
+    return found
+
+
+def tables() -> list[Ratio]:
+    """Loading, splitting and cleaning tables of Rakuten's size; the goal is 60 seconds and 2 GB."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_tables(Path(folder))
+
+        def work() -> None:
+            products = h.load_catalogue(Path(folder))
+            h.make_split(h.select_rows(products, "all"), "90-10", 0)
+            for field in h.FIELDS:
+                h.clean_texts(products[field], "paper", field)
+        with Memory() as memory:
+            taken = seconds(work)
+    return [Ratio("load, check, split and clean 84,916 rows", "60 seconds", taken / 60, 1, at_most=True, seconds=taken,
+                  seconds_against=60),
+            Ratio("their memory, all processes", "2 GB", memory.peak / 2e9, 1, at_most=True,
+                  note=f"{memory.peak / 1e9:.2f} GB")]
+
+
+# --- pictures -----------------------------------------------------------------------------------------
+def operations(function: Callable[[], object]) -> int:
+    """FLOPs of one call."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@torch.inference_mode()
+def regions() -> list[Ratio]:
+    """Regional features by full-size SE-ResNeXt-50: all tiles at once, tile by tile, and the whole picture."""
+    encoder, n = h.ImageEncoder("se_resnext50_32x4d", weights=None).eval(), 4
+    pixels = torch.randint(0, 256, (n, 3, 224, 224), dtype=torch.uint8)
+    tiles = h.split_regions(pixels[:1])[0]
+    taken = in_turns(5, ours=lambda: h.regional_features(encoder, pixels), whole=lambda: encoder(pixels),
+                     tile_by_tile=lambda: [encoder(tile[None]) for tile in tiles])
+    more = operations(lambda: encoder(tiles)) / operations(lambda: encoder(pixels[:1]))
+    ours, whole = taken["ours"] / n, taken["whole"] / n
+    return [Ratio("regional features of a picture, SE-ResNeXt-50", "tile by tile", taken["tile_by_tile"] / ours, 10,
+                  seconds=ours, seconds_against=taken["tile_by_tile"]),
+            Ratio("the same", "a 224 x 224 pass, scaled by FLOPs", ours / (whole * more), 2.2, at_most=True,
+                  seconds=ours, seconds_against=whole * more, note=f"regions have {more:.2f} times its FLOPs")]
+
+
+def images() -> list[Ratio]:
+    """Reading all pictures for a second epoch, from the cache, against decoding them again."""
+    n, size = 1000, 224
+    with tempfile.TemporaryDirectory() as folder:
+        rng, paths = np.random.default_rng(0), [Path(folder) / f"{i}.jpg" for i in range(n)]
+        for path in paths:  # smooth colours with some noise: about as large as product pictures of 500 x 500
+            small = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+            smooth = np.asarray(small.resize((500, 500), Image.Resampling.BICUBIC), dtype=np.int16)
+            Image.fromarray((smooth + rng.integers(-6, 7, smooth.shape)).clip(0, 255).astype(np.uint8)).save(path)
+        cache = Path(folder) / "pictures.npy"
+        first = seconds(lambda: h.write_pictures(h.DecodedPictures(paths, size), cache))
+        ways = {"decoded": h.DecodedPictures(paths, size), "second": np.load(cache, mmap_mode="r")}
+        taken = in_turns(3, **{name: partial(read_all, pictures) for name, pictures in ways.items()})
+    return [Ratio("second epoch of image loading", "decoding every epoch", taken["decoded"] / taken["second"], 5,
+                  seconds=taken["second"], seconds_against=taken["decoded"],
+                  note=f"{n:,} JPEGs of 500 x 500 pixels, decoded on all cores; filling the cache took {first:.1f} s")]
+
+
+def read_all(pictures: h.DecodedPictures | np.ndarray) -> None:
+    """Read all pictures in a random order, in batches, as training does."""
+    for places in np.random.default_rng(0).permutation(len(pictures)).reshape(-1, 25):
+        torch.tensor(pictures[places])
+
+
+# --- fusion -------------------------------------------------------------------------------------------
+def seconds_to_encode(rows: int = 16) -> float:
+    """Seconds to encode one product once: four text encoders and the regions of its picture, from a slice of rows."""
+    taken = 0.0
+    models = {"camembert": camembert(), "flaubert": FlaubertModel(FlaubertConfig(
+        vocab_size=68_729, emb_dim=768, n_layers=12, n_heads=12))}
+    for model in models.values():
+        encoder = h.TextEncoder(model)
+        for field in h.FIELDS:
+            lengths = np.sort(token_lengths(field))[::ROWS // rows]
+            ids = [torch.randint(5, 30_000, (1, int(n))) for n in lengths]
+            batches = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
+            taken += seconds(lambda: list(h.encode(encoder, batches))) / len(batches)
+    pictures = torch.randint(0, 256, (4, 3, 224, 224), dtype=torch.uint8)
+    regions = h.RegionEncoder(h.ImageEncoder("se_resnext50_32x4d", weights=None), 16)
+    list(h.encode(regions, [{"pixels": pictures}]))
+    return taken + seconds(lambda: list(h.encode(regions, [{"pixels": pictures}]))) / len(pictures)
+
+
+def fusion() -> list[Ratio]:
+    """The whole grid of fusions on cached features, against encoding every row again in every epoch."""
+    each = seconds_to_encode()
+    profile, generator = h.make_profile("paper"), torch.Generator().manual_seed(0)
+    widths = {name: 2048 if name == "P" else 768 for name in h.REPRESENTATIONS}
+    test = round(COLUMN * h.SPLITS["90-10"])
+    val = round((COLUMN - test) * h.VALIDATION_SHARE)
+    parts = [({name: torch.randn(rows, width, generator=generator) for name, width in widths.items()},
+              torch.randint(0, 27, (rows,), generator=generator)) for rows in (COLUMN - test - val, val)]
+
+    def train_all() -> None:
+        for pair in PAIRS:
+            model = h.HierarchicalFusion(widths, h.Variant(*pair))
+            model.fit_scale(parts[0][0])
+            h.train_fusion(model, *parts, epochs=EPOCHS, batch=profile.fusion_batch, lr=profile.fusion_lr, seed=0,
+                           label=model.variant.name)
+
+    with Memory() as memory:
+        grid = seconds(train_all)
+    rows, passes = COLUMN - test, EPOCHS * len(PAIRS)
+    again = grid + each * rows * passes
+    once = grid + each * rows
+    return [Ratio("the fusion grid, nine pairs x 20 epochs, on cached features", "encoding every row in every epoch",
+                  again / grid, 200, seconds=grid, seconds_against=again,
+                  note=f"{rows:,} rows of training and validation part; the other time is extrapolated from a measured "
+                       f"{each:.2f} s a row; with the one encoding that caching needs, the ratio is {again / once:.0f}"),
+            Ratio("the fusion grid's time", "15 minutes", grid / 900, 1, at_most=True, seconds=grid,
+                  seconds_against=900),
+            Ratio("the fusion grid's memory", "4 GB", memory.peak / 4e9, 1, at_most=True,
+                  note=f"{memory.peak / 1e9:.2f} GB")]
+
+
+# --- all of them --------------------------------------------------------------------------------------
+MEASUREMENTS = {function.__name__: function for function in (html, tokens, tables, images, regions, finetuning, fusion)}
+
+
+def measured(name: str) -> list[Ratio]:
+    """The ratios of one measurement, made in a process of its own, so that none disturbs the next."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ratios.json"
+        subprocess.run([sys.executable, __file__, name, "--to", str(path)], check=True)
+        return [Ratio(**ratio) for ratio in json.loads(path.read_text())]
+
+
+def show(ratios: list[Ratio]) -> None:
+    """The table on the console."""
+    table = Table("what", "against", "ratio", "goal", "met", "note")
+    for ratio in ratios:
+        goal = f"{'at most' if ratio.at_most else 'at least'} {ratio.goal:g}"
+        table.add_row(ratio.what, ratio.against, f"{ratio.ratio:.3g}", goal, "yes" if ratio.met else "NO", ratio.note)
+    Console(width=150).print(table)
+
+
+def draw(ratios: list[Ratio]) -> None:
+    """figures/benchmark.csv, and the ratios to be large as bars with their goals."""
+    table = pd.DataFrame([{**dataclasses.asdict(ratio), "met": ratio.met} for ratio in ratios])
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__.partition('+')[0]}, one run"
+    table.assign(machine=machine).to_csv(ROOT / "figures" / "benchmark.csv", index=False, float_format="%.4g")
+    bars = table[~table["at_most"] & (table["goal"] >= 1)].iloc[::-1]
+    fig, ax = h.figure(h.PAGE, 3.4)
+    ax.barh(bars["what"], bars["ratio"], color=h.COLOURS["data"], height=0.6)
+    ax.plot(bars["goal"], bars["what"], "|", color=h.COLOURS["fusion"], ms=14, mew=2, label="goal")
+    for place, (ratio, against) in enumerate(zip(bars["ratio"], bars["against"])):
+        ax.annotate(f"{ratio:.3g} x   {against}", (ratio, place), xytext=(4, 0), textcoords="offset points",
+                    va="center", fontsize=6.5, color=h.COLOURS["paper"])
+    ax.set(xscale="log", xlim=(1, 20 * bars["ratio"].max()), xlabel=f"times as fast ({machine})")
+    ax.legend(frameon=False, loc="lower right")
+    fig.savefig(ROOT / "figures" / "benchmark.png", metadata={"Software": None})
+    fig.savefig(ROOT / "figures" / "benchmark.svg", metadata={"Date": None})
+    plt.close(fig)
+
+
+def main(words: list[str]) -> int:
+    """Run the named measurements, or all; 1 if a goal was missed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(MEASUREMENTS)}; none: all of them")
+    parser.add_argument("--to", type=Path, help="a file for the ratios, as JSON; measured in this process")
+    given = parser.parse_args(words)
+    chosen = [h.one_of("measurement", name, MEASUREMENTS) for name in given.names]
+    if given.to:
+        found = [dataclasses.asdict(ratio) for name in chosen for ratio in MEASUREMENTS[name]()]
+        given.to.write_text(json.dumps(found))
+        return 0
+    ratios = [ratio for name in chosen or MEASUREMENTS for ratio in measured(name)]
+    show(ratios)
+    if not chosen:
+        draw(ratios)
+    return int(not all(ratio.met for ratio in ratios))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
