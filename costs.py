@@ -170,7 +170,9 @@ GPUS = {"T4": Gpu(16, 65, 8.1), "V100": Gpu(16, 125, 15.7), "RTX 3090": Gpu(24, 
         "RTX 4090": Gpu(24, 165.2, 82.6), "A100": Gpu(40, 312, 19.5), "H100": Gpu(80, 989.4, 66.9)}
 # Share of the peak, assumptions. "image" has a reference: NVIDIA's DeepLearningExamples state 443 pictures a second on
 # a V100 and 855 on an A100 for SE-ResNeXt-101 32x4d in mixed precision; at 48 GFLOP a picture, 17% and 13%.
-UTILISATION = {"text": 0.40, "image": 0.15, "regions": 0.10, "fusion": 0.01}
+UTILISATION = {"text": 0.40, "image": 0.15, "regions": 0.10, "fusion": 0.10}
+# Seconds that a step takes at least, to start its kernels one by one; assumptions, of the order that eager PyTorch shows.
+STEP_SECONDS = {"text": 0.03, "image": 0.06, "regions": 0.03, "fusion": 0.002}
 USABLE = 0.9            # share of a GPU's memory that tensors get; the rest is CUDA's own
 STATES = 16             # bytes a parameter: weight, gradient and AdamW's two moments, in single precision
 PUBLIC_ROWS = {"described": 55_116, "all": 84_916}
@@ -180,7 +182,8 @@ PUBLIC_TOKENS = {"described": {"title": 22, "description": 141}, "all": {"title"
 ASSUMPTIONS = (
     "FLOPs are measured on shapes alone; hours are FLOPs / (peak x utilisation), and the utilisations are assumptions: "
     "text {text:.0%} (large matrix products), pictures {image:.0%} (grouped convolutions and squeeze-and-excitation "
-    "wait for memory), regions {regions:.0%} (maps of one pixel), fusion {fusion:.0%} (small steps). GPU memory is 16 "
+    "wait for memory), regions {regions:.0%} (maps of one pixel), fusion {fusion:.0%}; a step takes 30 ms at least, of "
+    "pictures 60 ms, of fusion 2 ms, however fast the GPU. GPU memory is 16 "
     "bytes a parameter (weight, gradient, AdamW) plus what a batch of the longest rows keeps for the backward pass, "
     "attention matrices included; 3.1 (8) means 3.1 hours, and that it fits with --set device_batch=8. Text lengths: ")
 
@@ -217,9 +220,14 @@ class Work:
     stage: str
     kind: str
     flop: float
+    steps: float
     network: Network
     batch: int
     disk: float
+
+    def hours(self, peak: float) -> float:
+        """Hours on a GPU of `peak` FLOP/s."""
+        return max(self.flop / (peak * UTILISATION[self.kind]), self.steps * STEP_SECONDS[self.kind]) / 3600
 
 
 def stage_work(profile: h.Profile, split: str, sizes: Sizes) -> list[Work]:
@@ -231,23 +239,30 @@ def stage_work(profile: h.Profile, split: str, sizes: Sizes) -> list[Work]:
     def finetuning(network: Network, epochs: int) -> float:
         return trained * epochs * (train * network.training + val * network.forward)
 
+    def steps(epochs: int, batch: int) -> float:
+        return trained * epochs * (train + val / 2) / batch
+
     work, widths = [], {}
     for encoder in h.TEXT_ENCODERS:
         for field in h.FIELDS:
             network = text_network(profile, encoder, sizes.tokens[field])
             widths[f"{field[0].upper()}_{encoder[0]}"] = network.width
             work.append(Work(f"{encoder}_{field}", "text",
-                             finetuning(network, profile.text_epochs) + rows * network.forward, network,
+                             finetuning(network, profile.text_epochs) + rows * network.forward,
+                             steps(profile.text_epochs, profile.text_batch) + rows / profile.text_batch / 4, network,
                              profile.text_batch * trained, 4 * (network.parameters + rows * network.width)))
     whole, regions = image_networks(architecture(profile))
-    work += [Work("seresnext", "image", finetuning(whole, profile.image_epochs), whole, profile.image_batch * trained,
+    work += [Work("seresnext", "image", finetuning(whole, profile.image_epochs),
+                  steps(profile.image_epochs, profile.image_batch), whole, profile.image_batch * trained,
                   4 * whole.parameters),
              Work("image_regions", "image" if profile.regions == "feature_map" else "regions", rows * regions.forward,
-                  regions, 0, 4 * rows * whole.width),
-             Work("image_whole", "image", rows * whole.forward, whole, 0, 4 * rows * whole.width)]
+                  rows / profile.image_batch, regions, 0, 4 * rows * whole.width),
+             Work("image_whole", "image", rows * whole.forward, rows / profile.image_batch, whole, 0,
+                  4 * rows * whole.width)]
     models = fusion_networks(profile.project, **widths, P=whole.width)
     flop = profile.fusion_epochs * sum(train * model.training + val * model.forward for model in models)
-    return [*work, Work("fusion", "fusion", flop, max(models, key=lambda model: model.parameters), profile.fusion_batch,
+    fusion_steps = len(models) * profile.fusion_epochs * train / profile.fusion_batch
+    return [*work, Work("fusion", "fusion", flop, fusion_steps, max(models, key=lambda model: model.parameters), profile.fusion_batch,
                         4 * sum(model.parameters for model in models))]
 
 
@@ -285,7 +300,7 @@ def cost_table(profile: h.Profile, splits: Sequence[str], seeds: Sequence[int], 
                       "checkpoint_gb": 2 * 12 * work.network.parameters / 1e9 if trains else 0.0}
             for name, gpu in GPUS.items():
                 peak = 1e12 * (gpu.single if profile.precision == "float32" else gpu.half)
-                rows.append({**common, "gpu": name, "hours": work.flop / (peak * UTILISATION[work.kind]) / 3600,
+                rows.append({**common, "gpu": name, "hours": work.hours(peak),
                              "device_batch": fitting_batch(work.network, batch, gpu), "batch": batch})
     return pd.DataFrame(rows)
 

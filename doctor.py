@@ -332,7 +332,7 @@ def find_image_weights(name: str, weights: str) -> tuple[str, str]:
             return "ok", f"{name}: {source.label}"
         if source.url and not why_unreachable(source.url):
             return "ok", f"{name}: {source.label}, downloaded when it is first used"
-    reasons = [why_unreachable(source.url) for source in sources if source.url]
+    reasons = dict.fromkeys(why_unreachable(source.url) for source in sources if source.url)
     return "missing", "; ".join([f"{name}: not in " + ", ".join(source.label for source in sources), *reasons])
 
 

@@ -640,7 +640,7 @@ def catalogue_folder(run: Run) -> Path:
     """
     if run.profile.data == PROFILES["sample"].data:
         return _current_sample(ROOT / run.profile.data)
-    folder = Path(os.environ.get("RAKUTEN_DATA", ROOT / run.profile.data))
+    folder = Path(os.environ.get("RAKUTEN_DATA") or ROOT / run.profile.data)
     find_layout(folder)
     return folder
 
@@ -2101,7 +2101,8 @@ def represent_pictures(run: Run, name: str, pictures_of: Callable[[int], Sequenc
         return image_features(encoder, pictures_of(profile.image_size), profile.image_batch, precision(profile), name)
     with group().main_process_first():  # one decodes the pictures
         pictures = pictures_of(profile.region_size)
-    return image_features(RegionEncoder(encoder, profile.grid), pictures, 4, precision(profile), name)
+    batch = profile.image_batch if device().type == "cuda" else 1  # one picture's tiles suit a processor's cache best
+    return image_features(RegionEncoder(encoder, profile.grid), pictures, batch, precision(profile), name)
 
 
 def image_features_stage(run: Run, name: str) -> Path:
