@@ -2262,7 +2262,7 @@ def train_fusion(model: HierarchicalFusion, train: tuple, val: tuple, *, epochs:
     Returns the learning curve, one row an epoch, as `finetune` does. Shown in 07.
     """
     (rows, labels), (val_rows, val_labels) = train, val
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     shuffle, curve, best = torch.Generator().manual_seed(seed), [], (-1.0, {})
     bar = Progress(label, epochs, "epochs")
     for epoch in range(1, epochs + 1):

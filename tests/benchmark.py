@@ -9,10 +9,12 @@ Rakuten's and not a word of them (full_size.py).
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -23,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -238,13 +240,13 @@ def operations(function: Callable[[], object]) -> int:
 @torch.inference_mode()
 def regions() -> list[Ratio]:
     """Regional features by full-size SE-ResNeXt-50: all tiles at once, tile by tile, and the whole picture."""
-    encoder, n = h.ImageEncoder("se_resnext50_32x4d", weights=None).eval(), 4
-    pixels = torch.randint(0, 256, (n, 3, 224, 224), dtype=torch.uint8)
-    tiles = h.split_regions(pixels[:1])[0]
+    encoder = h.ImageEncoder("se_resnext50_32x4d").eval()
+    pixels = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
+    tiles = h.split_regions(pixels)[0]
     taken = in_turns(5, ours=lambda: h.regional_features(encoder, pixels), whole=lambda: encoder(pixels),
                      tile_by_tile=lambda: [encoder(tile[None]) for tile in tiles])
-    more = operations(lambda: encoder(tiles)) / operations(lambda: encoder(pixels[:1]))
-    ours, whole = taken["ours"] / n, taken["whole"] / n
+    more = operations(lambda: encoder(tiles)) / operations(lambda: encoder(pixels))
+    ours, whole = taken["ours"], taken["whole"]
     return [Ratio("regional features of a picture, SE-ResNeXt-50", "tile by tile", taken["tile_by_tile"] / ours, 10,
                   seconds=ours, seconds_against=taken["tile_by_tile"]),
             Ratio("the same", "a 224 x 224 pass, scaled by FLOPs", ours / (whole * more), 2.2, at_most=True,
@@ -288,37 +290,51 @@ def seconds_to_encode(rows: int = 16) -> float:
             ids = [torch.randint(5, 30_000, (1, int(n))) for n in lengths]
             batches = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
             taken += seconds(lambda: list(h.encode(encoder, batches))) / len(batches)
-    pictures = torch.randint(0, 256, (4, 3, 224, 224), dtype=torch.uint8)
-    regions = h.RegionEncoder(h.ImageEncoder("se_resnext50_32x4d", weights=None), 16)
-    list(h.encode(regions, [{"pixels": pictures}]))
-    return taken + seconds(lambda: list(h.encode(regions, [{"pixels": pictures}]))) / len(pictures)
+    picture = {"pixels": torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)}
+    regions = h.RegionEncoder(h.ImageEncoder("se_resnext50_32x4d"), 16)
+    return taken + in_turns(5, one=lambda: list(h.encode(regions, [picture])))["one"]
+
+
+WIDTHS = {name: 2048 if name == "P" else 768 for name in h.REPRESENTATIONS}
+TEST = round(COLUMN * h.SPLITS["90-10"])
+VAL = round((COLUMN - TEST) * h.VALIDATION_SHARE)
+
+
+@cache
+def cached_rows() -> list[tuple]:
+    """(representations, labels) of the training and the validation part: random numbers of the paper's size."""
+    torch.set_num_threads(1)  # one core for each of the two processes
+    generator = torch.Generator().manual_seed(0)
+    return [({name: torch.randn(rows, width, generator=generator) for name, width in WIDTHS.items()},
+             torch.randint(0, 27, (rows,), generator=generator)) for rows in (COLUMN - TEST - VAL, VAL)]
+
+
+def train_pair(pair: tuple[str, str]) -> None:
+    """Train one fusion variant, as `fusion_stage` does."""
+    train, val = cached_rows()
+    profile, model = h.make_profile("paper"), h.HierarchicalFusion(WIDTHS, h.Variant(*pair))
+    model.fit_scale(train[0])
+    h.train_fusion(model, train, val, epochs=EPOCHS, batch=profile.fusion_batch, lr=profile.fusion_lr, seed=0,
+                   label=model.variant.name)
 
 
 def fusion() -> list[Ratio]:
     """The whole grid of fusions on cached features, against encoding every row again in every epoch."""
     each = seconds_to_encode()
-    profile, generator = h.make_profile("paper"), torch.Generator().manual_seed(0)
-    widths = {name: 2048 if name == "P" else 768 for name in h.REPRESENTATIONS}
-    test = round(COLUMN * h.SPLITS["90-10"])
-    val = round((COLUMN - test) * h.VALIDATION_SHARE)
-    parts = [({name: torch.randn(rows, width, generator=generator) for name, width in widths.items()},
-              torch.randint(0, 27, (rows,), generator=generator)) for rows in (COLUMN - test - val, val)]
 
     def train_all() -> None:
-        for pair in PAIRS:
-            model = h.HierarchicalFusion(widths, h.Variant(*pair))
-            model.fit_scale(parts[0][0])
-            h.train_fusion(model, *parts, epochs=EPOCHS, batch=profile.fusion_batch, lr=profile.fusion_lr, seed=0,
-                           label=model.variant.name)
+        """Two variants at a time, one core each, as `run.py study --workers 2` does; the largest first."""
+        with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(train_pair, sorted(PAIRS, key=lambda pair: [part == "concat" for part in pair], reverse=True)))
 
     with Memory() as memory:
         grid = seconds(train_all)
-    rows, passes = COLUMN - test, EPOCHS * len(PAIRS)
+    rows, passes = COLUMN - TEST, EPOCHS * len(PAIRS)
     again = grid + each * rows * passes
     once = grid + each * rows
     return [Ratio("the fusion grid, nine pairs x 20 epochs, on cached features", "encoding every row in every epoch",
                   again / grid, 200, seconds=grid, seconds_against=again,
-                  note=f"{rows:,} rows of training and validation part; the other time is extrapolated from a measured "
+                  note=f"{rows:,} rows of training and validation part; the other time is extrapolated from "
                        f"{each:.2f} s a row; with the one encoding that caching needs, the ratio is {again / once:.0f}"),
             Ratio("the fusion grid's time", "15 minutes", grid / 900, 1, at_most=True, seconds=grid,
                   seconds_against=900),
