@@ -1198,20 +1198,24 @@ class StudyTrainer(Trainer):
 
 
 class StudyCallback(TrainerCallback):
-    """Tells the sampler which epoch it is, shows progress, and saves a checkpoint every `steps` steps (0: never)."""
+    """Tells the sampler which epoch it is, shows progress, and saves a checkpoint every `steps` steps (0: never).
+
+    Not at an epoch's last step: the Trainer saves there itself, once the epoch has been scored.
+    """
 
     def __init__(self, label: str, sampler: EpochSampler, steps: int):
         self.label, self.sampler, self.steps, self.bar = label, sampler, steps, None
+        self.epoch_steps = len(sampler) // sampler.batch
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = Progress(self.label, state.max_steps - state.global_step)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.sampler.epoch = state.global_step * self.sampler.batch // len(self.sampler)
+        self.sampler.epoch = state.global_step // self.epoch_steps
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.advance()
-        if self.steps and state.global_step % self.steps == 0:
+        if self.steps and state.global_step % self.steps == 0 and state.global_step % self.epoch_steps:
             control.should_save = control.should_log = True  # logged, so that an epoch's loss survives a stop
 
     def on_train_end(self, args, state, control, **kwargs):

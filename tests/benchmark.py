@@ -1,7 +1,7 @@
 """Speed, each as a ratio measured in one run: `make bench`. Writes figures/benchmark.csv and draws it.
 
     python tests/benchmark.py                 all measurements, each in a process of its own
-    python tests/benchmark.py html regions    only these; prints, writes nothing
+    python tests/benchmark.py html regions    only these; the others' rows in the table stay as they are
 
 Networks have their full size and random weights, which cost the same time as trained ones. Texts have the lengths of
 Rakuten's and not a word of them (full_size.py).
@@ -325,7 +325,7 @@ def fusion() -> list[Ratio]:
     def train_all() -> None:
         """Two variants at a time, one core each, as `run.py study --workers 2` does; the largest first."""
         with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(train_pair, sorted(PAIRS, key=lambda pair: [part == "concat" for part in pair], reverse=True)))
+            list(pool.map(train_pair, sorted(PAIRS, key=lambda pair: pair.count("concat"), reverse=True)))
 
     with Memory() as memory:
         grid = seconds(train_all)
@@ -334,8 +334,8 @@ def fusion() -> list[Ratio]:
     once = grid + each * rows
     return [Ratio("the fusion grid, nine pairs x 20 epochs, on cached features", "encoding every row in every epoch",
                   again / grid, 200, seconds=grid, seconds_against=again,
-                  note=f"{rows:,} rows of training and validation part; the other time is extrapolated from "
-                       f"{each:.2f} s a row; with the one encoding that caching needs, the ratio is {again / once:.0f}"),
+                  note=f"{rows:,} rows; the other time is extrapolated from {each:.2f} s a row, measured; with the one "
+                       f"encoding that caching needs, the ratio is {again / once:.0f}"),
             Ratio("the fusion grid's time", "15 minutes", grid / 900, 1, at_most=True, seconds=grid,
                   seconds_against=900),
             Ratio("the fusion grid's memory", "4 GB", memory.peak / 4e9, 1, at_most=True,
@@ -363,12 +363,24 @@ def show(ratios: list[Ratio]) -> None:
     Console(width=150).print(table)
 
 
-def draw(ratios: list[Ratio]) -> None:
-    """figures/benchmark.csv, and the ratios to be large as bars with their goals."""
-    table = pd.DataFrame([{**dataclasses.asdict(ratio), "met": ratio.met} for ratio in ratios])
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__.partition('+')[0]}, one run"
-    table.assign(machine=machine).to_csv(ROOT / "figures" / "benchmark.csv", index=False, float_format="%.4g")
+def keep(found: dict[str, list[Ratio]]) -> pd.DataFrame:
+    """Write figures/benchmark.csv with these measurements' rows and the others' as they were; return it."""
+    path, machine = ROOT / "figures" / "benchmark.csv", f"{os.cpu_count()} cores, {platform.machine()}"
+    rows = [{"measurement": name, **dataclasses.asdict(ratio), "met": ratio.met, "machine": machine,
+             "torch": torch.__version__.partition("+")[0]} for name, ratios in found.items() for ratio in ratios]
+    table = pd.DataFrame(rows)
+    if path.exists():
+        old = pd.read_csv(path, keep_default_na=False, na_values={"seconds": "", "seconds_against": ""})
+        table = pd.concat([table, old[~old["measurement"].isin(list(found))]])
+    table = table.sort_values("measurement", key=lambda names: names.map(list(MEASUREMENTS).index), kind="stable")
+    table.to_csv(path, index=False, float_format="%.4g")
+    return table
+
+
+def draw(table: pd.DataFrame) -> None:
+    """The ratios to be large as bars, with their goals."""
     bars = table[~table["at_most"] & (table["goal"] >= 1)].iloc[::-1]
+    machine = table["machine"].iloc[0]
     fig, ax = h.figure(h.PAGE, 3.4)
     ax.barh(bars["what"], bars["ratio"], color=h.COLOURS["data"], height=0.6)
     ax.plot(bars["goal"], bars["what"], "|", color=h.COLOURS["fusion"], ms=14, mew=2, label="goal")
@@ -393,10 +405,10 @@ def main(words: list[str]) -> int:
         found = [dataclasses.asdict(ratio) for name in chosen for ratio in MEASUREMENTS[name]()]
         given.to.write_text(json.dumps(found))
         return 0
-    ratios = [ratio for name in chosen or MEASUREMENTS for ratio in measured(name)]
+    found = {name: measured(name) for name in chosen or MEASUREMENTS}
+    draw(keep(found))
+    ratios = [ratio for several in found.values() for ratio in several]
     show(ratios)
-    if not chosen:
-        draw(ratios)
     return int(not all(ratio.met for ratio in ratios))
 
 
