@@ -20,7 +20,7 @@ lab: .venv/installed ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks
 
 clean: ## remove what runs have made (the environment and Rakuten's files stay)
-	rm -rf runs data/sample data/cache .pytest_cache __pycache__ tests/__pycache__ data/__pycache__
+	rm -rf runs data/sample data/cache data/cache.lock .pytest_cache __pycache__ tests/__pycache__ data/__pycache__
 
 .venv/installed: requirements.txt constraints.txt
 	@command -v "$(PYTHON)" > /dev/null || { echo "Python 3.11 is needed and $(PYTHON) was not found: make PYTHON=/path/to/python3.11" >&2; exit 1; }

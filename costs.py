@@ -19,7 +19,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModel, CamembertConfig, CamembertTokenizer, FlaubertConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    CamembertConfig,
+    CamembertTokenizer,
+    FlaubertConfig,
+    FlaubertModel,
+    PreTrainedConfig,
+)
 
 import helpers as h
 
@@ -75,8 +83,9 @@ BASE_CONFIGS = {
 
 def text_config(encoder: str, source: str) -> PreTrainedConfig:
     """The checkpoint's configuration from its folder or the hub's local cache, else that of the paper's checkpoint."""
+    place = str(h.from_root(source)) if h.from_root(source).is_dir() else source
     try:
-        return AutoConfig.from_pretrained(source, local_files_only=True)
+        return AutoConfig.from_pretrained(place, local_files_only=True)
     except (OSError, ValueError):
         return BASE_CONFIGS[encoder]
 
@@ -108,7 +117,7 @@ def measure_text(profile: h.Profile, encoder: str, tokens: int) -> tuple[float, 
     model = text_model(profile, encoder)
     shape = (1, min(tokens, model.config.max_position_embeddings))
     inputs = {"inputs_embeds": torch.empty(*shape, model.config.hidden_size, device="meta")}
-    if isinstance(model, h.FlaubertModel):  # it looks at the lengths' values, which meta tensors do not have
+    if isinstance(model, FlaubertModel):  # it looks at the lengths' values, which meta tensors do not have
         inputs |= {"lengths": torch.tensor([shape[1]]), "attention_mask": torch.ones(shape, device="meta")}
     return measure(model, inputs, profile.precision != "float32")
 
@@ -120,7 +129,8 @@ def text_network(profile: h.Profile, encoder: str, tokens: int) -> Network:
     width, layers = model.config.hidden_size, model.config.num_hidden_layers
     forward, training, _ = measure_text(profile, encoder, tokens)
     kept = measure_text(profile, encoder, profile.max_length)[2]
-    if profile.gradient_checkpointing:  # each layer's input, and one layer, which is computed again
+    if profile.gradient_checkpointing and model.supports_gradient_checkpointing:
+        # Kept are each layer's input, and one layer, which is computed again.
         training += forward
         kept = kept / layers + layers * profile.max_length * width * (4 if profile.precision == "float32" else 2)
     return Network(sum(p.numel() for p in model.parameters()), width, forward, training, kept)
@@ -144,10 +154,9 @@ def image_networks(profile: h.Profile) -> tuple[Network, Network]:
 @cache
 def fusion_networks(project: bool, **widths: int) -> list[Network]:
     """The fusion models that notebook 07 trains, each on one row of representations of these widths."""
-    raw = [dataclasses.replace(variant, standardise=False) for variant in h.TABLE_VARIANTS if variant.head == "basic"]
     found = []
     with torch.device("meta"):
-        for variant in (*h.TABLE_VARIANTS, *raw):
+        for variant in (*h.TABLE_VARIANTS, *h.RAW_VARIANTS):
             model = h.HierarchicalFusion(widths, variant, project=project)
             costs = measure(model, {name: torch.empty(1, width) for name, width in widths.items()}, half=False)
             found.append(Network(sum(p.numel() for p in model.parameters()), 27, *costs))
@@ -171,7 +180,7 @@ GPUS = {"T4": Gpu(16, 65, 8.1), "V100": Gpu(16, 125, 15.7), "RTX 3090": Gpu(24, 
 # Share of the peak, assumptions. "image" has a reference: NVIDIA's DeepLearningExamples state 443 pictures a second on
 # a V100 and 855 on an A100 for SE-ResNeXt-101 32x4d in mixed precision; at 48 GFLOP a picture, 17% and 13%.
 UTILISATION = {"text": 0.40, "image": 0.15, "regions": 0.10, "fusion": 0.10}
-# Seconds that a step takes at least, to start its kernels one by one; assumptions, of the order that eager PyTorch shows.
+# Seconds that a step takes at least, to start its kernels one by one: assumptions, of eager PyTorch's order.
 STEP_SECONDS = {"text": 0.03, "image": 0.06, "regions": 0.03, "fusion": 0.002}
 USABLE = 0.9            # share of a GPU's memory that tensors get; the rest is CUDA's own
 STATES = 16             # bytes a parameter: weight, gradient and AdamW's two moments, in single precision
@@ -262,7 +271,8 @@ def stage_work(profile: h.Profile, split: str, sizes: Sizes) -> list[Work]:
     models = fusion_networks(profile.project, **widths, P=whole.width)
     flop = profile.fusion_epochs * sum(train * model.training + val * model.forward for model in models)
     fusion_steps = len(models) * profile.fusion_epochs * train / profile.fusion_batch
-    return [*work, Work("fusion", "fusion", flop, fusion_steps, max(models, key=lambda model: model.parameters), profile.fusion_batch,
+    largest = max(models, key=lambda model: model.parameters)
+    return [*work, Work("fusion", "fusion", flop, fusion_steps, largest, profile.fusion_batch,
                         4 * sum(model.parameters for model in models))]
 
 

@@ -46,9 +46,9 @@ class Check:
     todo: str = ""
 
 
-LABELLED, UNLABELLED = 84_916, 13_812    # rows of the public tables
+LABELLED = 84_916                        # rows of the public table
 NOT_MISSING, NOT_BLANK = 55_116, 55_025  # descriptions: cells that are not missing, and the class table's sum
-UNLABELLED_TABLES = {"ENS": "X_test_update.csv", "SIGIR": "[xX]_test*.tsv"}
+UNLABELLED = {"X_test_update.csv": 13_812, "x_test_task1_phase1.tsv": 937, "x_test_task1_phase2.tsv": 8_435}
 PICTURES_DECODED, NAMES_SHOWN = 500, 10
 
 
@@ -75,7 +75,7 @@ def check_catalogue(run: h.Run) -> tuple[list[Check], pd.DataFrame | None]:
     except (ValueError, OSError) as error:
         return [*checks, Check("tables", "missing", str(error), "correct the table or get it again")], None
     public = run.profile.data == h.PROFILES["paper"].data
-    return checks + check_rows(products, public) + (check_unlabelled(folder, layout) if public else []), products
+    return checks + check_rows(products, public) + ([check_unlabelled(folder)] if public else []), products
 
 
 def check_rows(products: pd.DataFrame, public: bool) -> list[Check]:
@@ -98,21 +98,15 @@ def check_rows(products: pd.DataFrame, public: bool) -> list[Check]:
             if absent else Check("codes", "ok", "all 27")]
 
 
-def check_unlabelled(folder: Path, layout: str) -> list[Check]:
+def check_unlabelled(folder: Path) -> Check:
     """The challenge's test table, which only a submission needs."""
-    pattern = UNLABELLED_TABLES[layout]
-    if not (found := sorted(folder.glob(pattern))):
-        return [Check("unlabelled table", "warning", f"no {pattern} in {folder}", "only a submission file needs it")]
-    checks = []
-    for path in found:
-        try:
-            rows = len(pd.read_csv(path, sep=h.LAYOUTS[layout]["separator"], index_col=0, keep_default_na=False))
-            checks.append(Check("unlabelled table", "ok" if rows == UNLABELLED else "warning",
-                                f"{path.name}: {rows:,} rows (public: {UNLABELLED:,})",
-                                "" if rows == UNLABELLED else "fine for a subset; otherwise get the file again"))
-        except (ValueError, OSError) as error:
-            checks.append(Check("unlabelled table", "warning", f"{path} cannot be read ({error})", "get it again"))
-    return checks
+    try:
+        table, rows = h.test_table(folder), len(h.load_test_products(folder))
+    except (ValueError, OSError) as error:
+        return Check("unlabelled table", "warning", str(error), "only a submission file needs it")
+    found = f"{table}: {rows:,} rows (public: {UNLABELLED[table]:,})"
+    return Check("unlabelled table", "ok", found) if rows == UNLABELLED[table] else \
+        Check("unlabelled table", "warning", found, "fine for a subset; otherwise get the file again")
 
 
 def check_pictures(run: h.Run, products: pd.DataFrame, all_pictures: bool) -> list[Check]:
@@ -177,7 +171,8 @@ def check_disk(profile: h.Profile) -> list[Check]:
     sizes = costs.find_sizes(profile)
     table = costs.cost_table(profile, list(h.SPLITS), [0], sizes)
     once = table.drop_duplicates(["split", "stage"])
-    places = {"runs": (h.runs_folder(), (once["disk_gb"] * once["runs"]).sum() + once["checkpoint_gb"].max()),
+    kept = (once["disk_gb"] * once["runs"]).sum() + once["checkpoint_gb"].max()
+    places = {"runs": (h.runs_folder() / profile.name, kept),
               "data/cache": (h.ROOT / "data" / "cache", costs.cache_gb(profile, sizes.rows))}
     checks, needed_on = [], {}
     for name, (folder, need) in places.items():
@@ -275,7 +270,7 @@ def check_text_weights(encoder: str, source: str) -> Check:
     todo = f"connect to the hub once, {DOWNLOAD.format(encoder)}"
     if source == "small":
         return Check(encoder, "ok", "small, from scratch: no weights needed")
-    if (folder := Path(source)).is_dir():
+    if (folder := h.from_root(source)).is_dir():
         absent = absent_parts(lambda file: (folder / file).is_file())
         wrong = f"folder {folder} lacks {'; '.join(absent)}" if absent else why_unloadable(folder)
         return Check(encoder, "missing", wrong, f"complete the folder, {DOWNLOAD.format(encoder)}") if wrong \

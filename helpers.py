@@ -76,7 +76,9 @@ import torch
 import torchvision
 import transformers
 from accelerate import PartialState
-from accelerate.utils import find_executable_batch_size, reduce
+from accelerate.utils import broadcast_object_list, find_executable_batch_size, reduce
+from accelerate.utils.memory import should_reduce_batch_size
+from filelock import FileLock
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from IPython import get_ipython
 from IPython.display import Markdown, display
@@ -172,10 +174,10 @@ class Profile:
     precision: str = "auto"       # of the encoders; "auto": "bf16" or "fp16" on a GPU, "float32" on a CPU
     compile: str = "off"          # backend of torch.compile, such as "inductor"
     device_batch: int = 0         # rows on one device at a time; 0: all; halved when memory runs out
-    gradient_checkpointing: bool = False  # less memory, a third more time
+    gradient_checkpointing: bool = False  # of text encoders that offer it (FlauBERT does not): less memory, slower
     checkpoint_steps: int = 500   # steps between two checkpoints within an epoch; 0: at its end alone
     processes: int = 0            # processes that make one stage together; 0: one for each GPU, without one 1
-    loader_workers: int = -1      # processes that load pictures; -1: none on a CPU, up to 8 for a GPU
+    loader_workers: int = -1      # processes that load pictures for fine-tuning; -1: none on a CPU, up to 8 for a GPU
     cache_pictures: bool = True   # decoded pictures are kept in data/cache; False: decoded each time
 
 
@@ -276,7 +278,12 @@ def open_run(profile: str, split: str, seed: int, settings: dict | None = None) 
 
 def runs_folder() -> Path:
     """`runs`, or the folder that STUDY_RUNS names."""
-    return Path(os.environ.get("STUDY_RUNS", ROOT / "runs"))
+    return from_root(os.environ.get("STUDY_RUNS") or "runs")
+
+
+def from_root(path: str) -> Path:
+    """A path as all parts of the study understand it: from the project's root, not from where a notebook runs."""
+    return ROOT / Path(path).expanduser()
 
 
 def group() -> PartialState:
@@ -372,23 +379,54 @@ def stage(run: Run, name: str, build: Callable[[Path], dict], reads: Sequence[st
     recipe = _recipe(run, name, build, reads, inputs or {})
     key = hash_json(recipe)
     folder, partial_folder = run.folder / name, run.folder / f"{name}.partial"
-    manifest = read_manifest(run, name) if (folder / "manifest.json").exists() else None
-    if manifest is None or manifest["key"] != key:
-        wanted = run.profile.processes or max(1, torch.cuda.device_count())
-        if together and wanted > 1 and group().num_processes == 1:
-            launch(run, name, wanted)
+    manifest = read_manifest(run, name) if (folder / "manifest.json").exists() else {}
+    if agreed(manifest.get("key") != key):
+        processes = processes_for(run.profile)
+        if together and processes > 1 and group().num_processes == 1:
+            launch(run, name, processes)
         else:
-            with group().main_process_first():
-                if group().is_main_process:
-                    if read_json(partial_folder / "recipe.json") != recipe:
-                        shutil.rmtree(partial_folder, ignore_errors=True)
-                    partial_folder.mkdir(parents=True, exist_ok=True)
-                    write_json(partial_folder / "recipe.json", recipe)
+            if group().is_main_process:
+                if read_json(partial_folder / "recipe.json") != recipe:
+                    shutil.rmtree(partial_folder, ignore_errors=True)
+                partial_folder.mkdir(parents=True, exist_ok=True)
+                write_json(partial_folder / "recipe.json", recipe)
+            if together:
+                wait_for_file(partial_folder / "recipe.json", recipe)
             if together or group().is_main_process:
                 _build(build, partial_folder, folder, {"stage": name, "key": key, **recipe})
-            group().wait_for_everyone()
+            wait_for_file(folder / "manifest.json", {"key": key})
     report_event(stage=str(folder.relative_to(runs_folder())), key=key)
     return folder
+
+
+def processes_for(profile: Profile) -> int:
+    """How many processes make one stage together: the setting, or the most GPUs among which both batches can be shared.
+
+    ValueError for more processes than GPUs, where there is one.
+    """
+    gpus = torch.cuda.device_count()
+    if gpus and profile.processes > gpus:
+        raise ValueError(f"processes={profile.processes}, but this machine has {gpus} GPU(s); each process needs one")
+    both = math.gcd(profile.text_batch, profile.image_batch)
+    return profile.processes or max(n for n in range(1, max(gpus, 1) + 1) if both % n == 0)
+
+
+def agreed(value: object) -> object:
+    """The main process's `value`, in every process."""
+    return broadcast_object_list([value])[0] if group().num_processes > 1 else value
+
+
+def wait_for_file(path: Path, holds: dict, seconds: float = 120) -> None:
+    """Wait until all processes are here and see that the JSON file `path` holds these values.
+
+    On another machine a shared folder may show a new file late. TimeoutError if it does not within `seconds`.
+    """
+    group().wait_for_everyone()
+    end = time.monotonic() + seconds
+    while not holds.items() <= (read_json(path) or {}).items():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{path} has not appeared within {seconds:.0f} s; is the folder shared by all machines?")
+        time.sleep(0.5)
 
 
 def notebook_of(name: str) -> str:
@@ -471,7 +509,7 @@ def launch(run: Run, name: str, processes: int) -> None:
         line.close()
         if child.returncode:
             said = log.read_text(encoding="utf-8", errors="replace").splitlines()
-            errors = [text for text in said if text.startswith("error: ")] or said[-20:]
+            errors = list(dict.fromkeys(text for text in said if text.startswith("error: "))) or said[-20:]
             raise ChildProcessError(f"stage {name} failed in {processes} processes: " + "\n".join(errors))
 
 
@@ -553,7 +591,7 @@ def _hash_bytes(path: Path, size: int, mtime: int) -> str:
 
 def hash_source(source: str) -> str:
     """The hash of a local folder's or file's contents; any other name, such as one on the hub, as it is."""
-    path = Path(source).expanduser()
+    path = from_root(source)
     if path.is_file():
         return hash_file(path)
     if not path.is_dir():
@@ -640,7 +678,7 @@ def catalogue_folder(run: Run) -> Path:
     """
     if run.profile.data == PROFILES["sample"].data:
         return _current_sample(ROOT / run.profile.data)
-    folder = Path(os.environ.get("RAKUTEN_DATA") or ROOT / run.profile.data)
+    folder = from_root(os.environ.get("RAKUTEN_DATA") or run.profile.data)
     find_layout(folder)
     return folder
 
@@ -790,12 +828,14 @@ def cache_file(name: str, write: Callable[[Path], None]) -> Path:
     path = ROOT / "data" / "cache" / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_name(f"{name}.{os.getpid()}.partial")
-        try:
-            write(partial_path)
-            partial_path.rename(path)
-        finally:
-            partial_path.unlink(missing_ok=True)
+        partial_path = path.with_name(f"{name}.partial")
+        with FileLock(path.parent.with_suffix(".lock")):  # stages side by side would all make it
+            try:
+                if not path.exists():
+                    write(partial_path)
+                    partial_path.rename(path)
+            finally:
+                partial_path.unlink(missing_ok=True)
     return path
 
 
@@ -1224,30 +1264,27 @@ class StudyCallback(TrainerCallback):
 
 def finetune(model: Classifier, train: RowDataset, val: RowDataset, folder: Path, profile: Profile, *,
              collate: Callable, epochs: int, batch: int, lr: float, weight_decay: float, seed: int,
-             lengths: Sequence[int] | None = None) -> pd.DataFrame:
+             lengths: Sequence[int] | None = None, workers: int = 0) -> pd.DataFrame:
     """Train `model` in place and leave it at its best epoch by validation macro-F1.
 
     AdamW with linear decay, gradients clipped at 1.0. `batch` rows make a step, shared by all processes; where they do
-    not fit on a device, fewer at a time, whose gradients are added up. Checkpoints in `folder`/checkpoints, from
-    which it resumes after a stop. Returns the learning curve, one row an epoch: [epoch, train_loss, val_loss,
-    val_accuracy, val_macro_f1]. Shown in 03.
+    not fit on a device, fewer at a time, whose gradients are added up. (Batch normalisation sees only the rows that are
+    on a device together, or, on several GPUs, in all processes.) Checkpoints in `folder`/checkpoints, from which it
+    resumes after a stop. `workers` processes load the rows. Returns the learning curve, one row an epoch: [epoch,
+    train_loss, val_loss, val_accuracy, val_macro_f1]. Shown in 03.
     """
-    share, left = divmod(batch, group().num_processes)
-    if left:
-        raise ValueError(f"a batch of {batch} rows cannot be shared by {group().num_processes} processes alike; "
-                         "set processes or the batch so that it can")
-    sizes = [size for size in range(share, 0, -1) if share % size == 0]
-    sizes = iter([size for size in sizes if size <= (profile.device_batch or share)])
     sampler = EpochSampler(len(train), batch, seed, lengths)
     start = {name: value.clone() for name, value in model.cpu().state_dict().items()}
+    sizes = iter(rows_at_a_time(batch, profile.device_batch))
 
     @find_executable_batch_size(starting_batch_size=next(sizes), reduce_batch_size_fn=lambda: next(sizes, 0))
-    def attempt(rows: int) -> pd.DataFrame:
+    def attempt(rows: int) -> list[dict]:
         set_seed(seed)
         model.load_state_dict(start)
-        arguments = training_arguments(profile, folder / "checkpoints", num_train_epochs=epochs, learning_rate=lr,
-                                       per_device_train_batch_size=rows, gradient_accumulation_steps=share // rows,
-                                       per_device_eval_batch_size=2 * rows, weight_decay=weight_decay, seed=seed)
+        arguments = training_arguments(
+            profile, folder / "checkpoints", num_train_epochs=epochs, learning_rate=lr, weight_decay=weight_decay,
+            per_device_train_batch_size=rows, per_device_eval_batch_size=2 * rows, seed=seed,
+            gradient_accumulation_steps=batch // group().num_processes // rows, dataloader_num_workers=workers)
         patience = [EarlyStoppingCallback(profile.early_stopping)] if profile.early_stopping else []
         name = folder.name.removesuffix(".partial")
         trainer = StudyTrainer(
@@ -1256,14 +1293,43 @@ def finetune(model: Classifier, train: RowDataset, val: RowDataset, folder: Path
             callbacks=[StudyCallback(name, sampler, profile.checkpoint_steps), *patience])
         trainer.model_accepts_loss_kwargs = False  # forward's **inputs are the encoder's, not the loss's
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=drop_torn_checkpoints(folder / "checkpoints"))
-        return learning_curve(trainer.state.log_history)
+        with memory_explained(rows):
+            trainer.train(resume_from_checkpoint=drop_torn_checkpoints(folder / "checkpoints"))
+        return trainer.state.log_history
 
-    curve = attempt()
+    history = attempt()
     group().wait_for_everyone()  # all have read the best epoch
     if group().is_main_process:
         shutil.rmtree(folder / "checkpoints")
-    return curve
+    return learning_curve(history)
+
+
+def rows_at_a_time(batch: int, device_batch: int) -> list[int]:
+    """The sizes to try on one device, largest first: divisors of its share of a batch, at most `device_batch` (0: all).
+
+    ValueError if the processes cannot share a batch alike.
+    """
+    share, left = divmod(batch, group().num_processes)
+    if left:
+        raise ValueError(f"a batch of {batch} rows cannot be shared by {group().num_processes} processes alike; "
+                         "set processes or the batch so that it can")
+    return [size for size in range(share, 0, -1) if share % size == 0 and size <= (device_batch or share)]
+
+
+@contextmanager
+def memory_explained(rows: int) -> Iterator[None]:
+    """Where no smaller number of rows can be tried after memory ran out, a ValueError that says what to set.
+
+    One process alone tries fewer rows. Of several, those that had room are waiting for this one, so all must end.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error) or (rows > 1 and group().num_processes == 1):
+            raise
+        smaller = f"device_batch={rows // 2} or " if rows > 1 else ""
+        raise ValueError(f"out of memory with {rows} row(s) on a device at a time; set {smaller}a smaller max_length "
+                         "or image_size, precision=bf16, or gradient_checkpointing=True") from error
 
 
 def precision(profile: Profile) -> torch.dtype:
@@ -1279,17 +1345,24 @@ def precision(profile: Profile) -> torch.dtype:
 def training_arguments(profile: Profile, folder: Path, **more: object) -> TrainingArguments:
     """The Trainer's settings that text and pictures share. Shown in 03."""
     cuda, dtype = device().type == "cuda", precision(profile)
-    workers = profile.loader_workers
-    if workers < 0:
-        workers = min(8, (os.cpu_count() or 1) // max(1, torch.cuda.device_count())) if cuda else 0
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=folder, max_grad_norm=1.0, lr_scheduler_type="linear",
         eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", save_total_limit=1,
         load_best_model_at_end=True, metric_for_best_model="macro_f1", greater_is_better=True,
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=not cuda,
         torch_compile_backend=None if profile.compile == "off" else profile.compile,
-        dataloader_num_workers=workers, dataloader_pin_memory=cuda, label_names=["labels"],
-        remove_unused_columns=False, report_to="none", disable_tqdm=True, **more)
+        dataloader_pin_memory=cuda, label_names=["labels"], remove_unused_columns=False, report_to="none",
+        disable_tqdm=True, **more)
+    arguments._n_gpu = min(1, arguments.n_gpu)  # otherwise one process would spread each batch over all GPUs
+    return arguments
+
+
+def loader_workers(profile: Profile) -> int:
+    """How many processes load pictures for one that trains: the setting, or as many as it has cores, at most 8."""
+    if profile.loader_workers >= 0:
+        return profile.loader_workers
+    cores = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))  # fewer where stages share the machine
+    return min(8, cores) if device().type == "cuda" else 0
 
 
 def validation_scores(found: transformers.EvalPrediction) -> dict[str, float]:
@@ -1358,10 +1431,11 @@ def encode_rows(encoder: nn.Module, groups: Sequence[Sequence[int]], inputs: Cal
     mine = groups[group().process_index::group().num_processes]
     bar = Progress(f"{label} features", sum(map(len, mine)), "rows")
     features = None
-    for places, vectors in zip(mine, encode(encoder, map(inputs, mine), dtype)):
+    for places, vectors in zip(mine or groups[:1], encode(encoder, map(inputs, mine or groups[:1]), dtype)):
         features = torch.zeros(rows, vectors.shape[1]) if features is None else features
-        features[places] = vectors
-        bar.advance(len(places))
+        if mine:  # a process without a group of its own only learns the width
+            features[places] = vectors
+            bar.advance(len(places))
     bar.close()
     return features if group().num_processes == 1 else reduce(features.to(device()), "sum").cpu()
 
@@ -1488,8 +1562,9 @@ def load_checkpoint(source: str, max_length: int, gradient_checkpointing: bool =
     `source` is a folder or a name on the hub. ValueError if it cannot be had, or cannot read `max_length` tokens.
     """
     try:
-        model = AutoModel.from_pretrained(source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        place = str(from_root(source)) if from_root(source).is_dir() else source
+        model = AutoModel.from_pretrained(place, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(place)
     except Exception as error:  # the libraries raise many kinds for a folder or a download that is not whole
         raise ValueError(f"text checkpoint {source!r} cannot be loaded: it is neither a whole folder here, nor in the "
                          f"hub's cache, nor can it be had from the hub ({str(error).splitlines()[0]})") from error
@@ -1502,7 +1577,7 @@ def load_checkpoint(source: str, max_length: int, gradient_checkpointing: bool =
         raise ValueError(f"text checkpoint {source!r} has no padding token; take an encoder such as BERT or RoBERTa")
     if max_length > (longest := longest_input(model, tokenizer)):
         raise ValueError(f"text checkpoint {source!r} reads at most {longest} tokens; set max_length={longest} or less")
-    if gradient_checkpointing:
+    if gradient_checkpointing and model.supports_gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model, tokenizer
 
@@ -1577,8 +1652,9 @@ def text_encoder_stage(run: Run, encoder: str, field: str) -> Path:
         training = text[text["part"] == "train"]
         set_seed(run.seed)
         both_fields = [*training["title"], *training["description"]]  # one tokenizer serves both fields
-        with group().main_process_first():  # a small tokenizer's files, and cached tokens, are written by one
-            model, tokenizer = load_text_model(run, encoder, both_fields, out / "encoder")
+        with tempfile.TemporaryDirectory() as folder:  # for a small tokenizer's files
+            model, tokenizer = load_text_model(run, encoder, both_fields, Path(folder))
+        with group().main_process_first():  # one fills the cache
             rows = tokenise(tokenizer, text[field], profile.max_length)
         lengths = np.array([len(row["input_ids"]) for row in rows])
         classifier = Classifier(TextEncoder(model, profile.pooling), model.config.hidden_size,
@@ -1829,7 +1905,7 @@ def weight_sources(name: str, weights: str) -> list[WeightSource]:
 
 def weight_file(weights: str) -> Path | None:
     """The file that the setting `image_weights` names, from the project's root; None if it names none."""
-    return None if weights in ("imagenet", "none") else ROOT / Path(weights).expanduser()
+    return None if weights in ("imagenet", "none") else from_root(weights)
 
 
 def published_at(owner: str, url: str) -> list[WeightSource]:
@@ -2038,13 +2114,13 @@ def image_encoder_stage(run: Run) -> Path:
             curve = fit_head(classifier.head, features, torch.tensor(split["label_id"]), split["part"].to_numpy())
         else:
             if group().num_processes > 1 and device().type == "cuda":  # statistics of the whole batch
-                nn.SyncBatchNorm.convert_sync_batchnorm(classifier)
+                timm.layers.convert_sync_batchnorm(classifier)  # torch's would lose the activations inside timm's
             datasets = {part: picture_rows(pictures, split, part, profile.image_size, run.seed)
                         for part in ("train", "val")}
             curve = finetune(classifier, **datasets, folder=out, profile=profile, epochs=profile.image_epochs,
                              batch=profile.image_batch, lr=profile.image_lr, seed=run.seed,
                              weight_decay=0.0,  # AdamW without decay: Adam
-                             collate=torch.utils.data.default_collate)
+                             collate=torch.utils.data.default_collate, workers=loader_workers(profile))
         if group().is_main_process:
             save_file(model.cpu().state_dict(), out / "encoder.safetensors")
             save_trained(out, classifier.head, curve)
@@ -2100,13 +2176,13 @@ class RegionEncoder(nn.Module):
 
 def represent_pictures(run: Run, name: str, pictures_of: Callable[[int], Sequence]) -> Tensor:
     """The vectors [N, width] of stage `name`, of the pictures that `pictures_of(pixels a side)` gives."""
-    profile, encoder = run.profile, load_image_encoder(run)
-    if name == "image_whole" or profile.regions == "feature_map":
-        return image_features(encoder, pictures_of(profile.image_size), profile.image_batch, precision(profile), name)
-    with group().main_process_first():  # one decodes the pictures
-        pictures = pictures_of(profile.region_size)
-    batch = profile.image_batch if device().type == "cuda" else 1  # one picture's tiles suit a processor's cache best
-    return image_features(RegionEncoder(encoder, profile.grid), pictures, batch, precision(profile), name)
+    profile, encoder, batch = run.profile, load_image_encoder(run), run.profile.image_batch
+    whole = name == "image_whole" or profile.regions == "feature_map"
+    if not whole:
+        encoder = RegionEncoder(encoder, profile.grid)
+        batch = batch if device().type == "cuda" else 1  # one picture's tiles suit a processor's cache best
+    pictures = pictures_of(profile.image_size if whole else profile.region_size)
+    return image_features(encoder, pictures, batch, precision(profile), name)
 
 
 def image_features_stage(run: Run, name: str) -> Path:
@@ -2163,6 +2239,9 @@ class Variant:
 TABLE_VARIANTS = (Variant("concat", "concat"), Variant("concat", "add"), Variant("concat", "average"),
                   Variant("average", "average"), Variant("average", "average", "dropout"),
                   Variant("average", "average", "layers"))
+# The same without standardising, which notebook 07 compares.
+RAW_VARIANTS = tuple(dataclasses.replace(variant, standardise=False) for variant in TABLE_VARIANTS
+                     if variant.head == "basic")
 
 
 def named_variant(name: str) -> Variant:
@@ -2404,7 +2483,7 @@ def readable_table(table: pd.DataFrame) -> pd.DataFrame:
 def data_note(run: Run) -> str:
     """Which data the numbers belong to, for titles and reports. Used in 08."""
     ours = ("ours: the synthetic sample, another data set than the paper's" if run.profile.name == "sample"
-            else f"ours: Rakuten France, {run.profile.rows} rows")
+            else f"ours: Rakuten France, {run.protocol} rows")
     return f"Percent, 95% bootstrap intervals, test part; {ours}; paper: as published."
 
 

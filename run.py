@@ -221,7 +221,7 @@ class Job:
 
 def make_stage(run: h.Run, name: str) -> None:
     """Make one stage, whatever its kind, unless it is there."""
-    variants = {f"fusion-{variant.name}": variant for variant in h.TABLE_VARIANTS}
+    variants = {f"fusion-{variant.name}": variant for variant in (*h.TABLE_VARIANTS, *h.RAW_VARIANTS)}
     makers = {"splits": h.split_stage, "text": h.text_stage, "baselines": h.baseline_stage,
               "seresnext": h.image_encoder_stage}
     if name in makers:
@@ -236,7 +236,7 @@ def make_stage(run: h.Run, name: str) -> None:
 
 def stage_names() -> list[str]:
     """All stages up to the fusion variants, each after those it reads."""
-    fusion = [f"fusion-{variant.name}" for variant in h.TABLE_VARIANTS]
+    fusion = [f"fusion-{variant.name}" for variant in (*h.TABLE_VARIANTS, *h.RAW_VARIANTS)]
     return [*(name for name in h.READS if name != "fusion"), *fusion]
 
 
@@ -268,11 +268,17 @@ def side_by_side(graph: dict[Job, list[Job]], workers: int) -> None:
     order, running = TopologicalSorter(graph), {}
     order.prepare()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        while order.is_active():
-            running |= {pool.submit(make, job): job for job in order.get_ready()}
-            for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
-                future.result()
-                order.done(running.pop(future))
+        try:
+            while order.is_active():
+                running |= {pool.submit(make, job): job for job in order.get_ready()}
+                for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
+                    future.result()
+                    order.done(running.pop(future))
+        except BaseException as error:
+            problems.print(f"{error or 'stopped'}\nno other stage is started", style="red", highlight=False,
+                           markup=False)
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def run_job(job: Job, environment: dict[str, str]) -> None:
@@ -299,8 +305,9 @@ def on_ray(graph: dict[Job, list[Job]]) -> None:
 
     @ray.remote(max_retries=0)
     def make(job: Job, *_: object) -> str:
-        ended = subprocess.run(job.command, env={**os.environ, **ours}, text=True, capture_output=True)
-        return ended.stderr if ended.returncode else ""
+        ended = subprocess.run(job.command, env={**os.environ, **ours, "STUDY_PARENT": str(os.getpid())}, text=True,
+                               capture_output=True)
+        return f"exit code {ended.returncode}\n{ended.stderr}" if ended.returncode else ""
 
     with_gpu = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {}
     jobs = {}
@@ -394,6 +401,8 @@ def study(plan,
     catalogue_hash(plan[0].run)  # refuses a missing catalogue, makes the sample
     graph = stage_graph([step for step in plan if step.notebook in chosen])
     if h.one_of("place", on, ("here", "ray")) == "ray":
+        if workers > 1:
+            raise ValueError("--workers is for this machine; with --on ray, Ray decides how many stages run at a time")
         on_ray(graph)
     elif workers > 1:
         side_by_side(graph, workers)
@@ -477,8 +486,9 @@ def publish():
             if cell.cell_type == "code":  # a finished progress line is an empty output
                 cell.outputs = [output for output in cell.outputs if output.get("data", {}).get("text/markdown") != ""]
         nbformat.write(book, step.source)
-    shutil.rmtree(h.ROOT / "figures", ignore_errors=True)
-    shutil.copytree(plan[0].run.folder / "figures", h.ROOT / "figures")
+    for old in (h.ROOT / "figures").glob("[0-9][0-9]_*"):  # not the benchmark's
+        old.unlink()
+    shutil.copytree(plan[0].run.folder / "figures", h.ROOT / "figures", dirs_exist_ok=True)
 
 
 # --- tables and report --------------------------------------------------------------------------------
@@ -525,9 +535,9 @@ tbody tr { border-bottom: 1px solid #ddd } img { max-width: 100% } figure { marg
 
 
 def write_report(plan: list[Step]) -> Path:
-    """`runs/<profile>/report/index.html`: tables, notebooks with minutes and peak memory, figures. Returns its path."""
-    profile = plan[0].run.profile
-    folder = h.runs_folder() / profile.name / "report"
+    """Tables, notebooks with minutes and memory, figures; returns `runs/<profile>/<protocol>/report/index.html`."""
+    profile, protocol = plan[0].run.profile.name, plan[0].run.protocol
+    folder = h.runs_folder() / profile / protocol / "report"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     rows, exporter = [], HTMLExporter()
@@ -546,7 +556,7 @@ def write_report(plan: list[Step]) -> Path:
     tables = [(title, "" if table is None
                else h.readable_table(table).to_html(index=False, border=0)) for title, table in read_tables(plan)]
     (folder / "index.html").write_text(REPORT.render(
-        title=f"Hierarchical fusion, profile {profile.name}", note=h.data_note(plan[0].run), tables=tables,
+        title=f"Hierarchical fusion, profile {profile}, {protocol} rows", note=h.data_note(plan[0].run), tables=tables,
         steps=pd.DataFrame(rows).to_html(index=False, border=0, escape=False), figures=pictures), encoding="utf-8")
     return folder / "index.html"
 

@@ -127,10 +127,10 @@ def test_the_table_can_be_computed_from_the_predictions(studied, place):
 
 
 def test_the_report_links_every_notebook(studied, place):
-    page = (place / "runs" / "sample" / "report" / "index.html").read_text(encoding="utf-8")
+    page = (place / "runs" / "sample" / "described" / "report" / "index.html").read_text(encoding="utf-8")
     for name in (path.stem for path in (h.ROOT / "notebooks").glob("*.ipynb")):
         assert f'href="{name}-80-20-seed3.html"' in page
-        assert (place / "runs" / "sample" / "report" / f"{name}-80-20-seed3.html").stat().st_size > 10_000
+        assert (place / "runs" / "sample" / "described" / "report" / f"{name}-80-20-seed3.html").stat().st_size > 10_000
     assert "Table IV, split 80-20" in page and "08_scores" in page
 
 

@@ -111,6 +111,13 @@ def test_gradient_checkpointing_changes_nothing_but_memory(checkpoint):
     assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in found[0])
 
 
+def test_gradient_checkpointing_leaves_alone_a_model_that_has_none(tmp_path):
+    """FlauBERT's in transformers: a study with the setting must not stop at its notebook."""
+    tokenizer = h.train_tokenizer("flaubert", list(tiny_products()["title"]), 200, tmp_path)
+    h.small_text_model("flaubert", tokenizer, 16, 1, 32).save_pretrained(tmp_path)
+    assert h.load_checkpoint(str(tmp_path), 32, gradient_checkpointing=True)[0].config.emb_dim == 16
+
+
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="text checkpoint '.*nowhere' cannot be loaded: it is neither a whole folder"):
         h.load_checkpoint(str(tmp_path / "nowhere"), 32)

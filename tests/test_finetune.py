@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -182,7 +183,7 @@ def test_out_of_memory_halves_the_rows_at_a_time_and_nothing_else(tmp_path):
     narrow, narrow_curve = train_exactly(tmp_path, Narrow(room=3))
     assert narrow.encoder.batches[:3] == [8, 4, 2] and set(narrow.encoder.batches[2:]) == {2}
     assert_frame_equal(curve, narrow_curve, rtol=1e-5)
-    with pytest.raises(RuntimeError, match="No executable batch size found"):
+    with pytest.raises(ValueError, match="out of memory with 1 row.s. on a device at a time; set a smaller max_length"):
         train_exactly(tmp_path, Narrow(room=0))
 
 
@@ -202,12 +203,46 @@ def test_early_stopping_waits_for_its_patience(tmp_path):
     assert len(curve) == best + 1 + 2 < 12
 
 
-def test_a_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
-    class Three:
-        num_processes = 3
-    monkeypatch.setattr(h, "group", Three)
+def test_rows_at_a_time_are_divisors_of_a_processs_share(monkeypatch):
+    assert h.rows_at_a_time(12, 0) == [12, 6, 4, 3, 2, 1] and h.rows_at_a_time(12, 5) == [4, 3, 2, 1]
+    monkeypatch.setattr(h, "group", lambda: SimpleNamespace(num_processes=3))
+    assert h.rows_at_a_time(12, 0) == [4, 2, 1]
     with pytest.raises(ValueError, match="a batch of 8 rows cannot be shared by 3 processes alike"):
-        train(tmp_path)
+        h.rows_at_a_time(8, 0)
+
+
+def test_out_of_memory_in_one_of_several_processes_ends_it_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(h, "group", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(ValueError, match="out of memory with 8 row.s. on a device at a time; set device_batch=4 or"):
+        with h.memory_explained(8):
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with pytest.raises(RuntimeError, match="shapes"), h.memory_explained(8):
+        raise RuntimeError("shapes differ")
+
+
+def test_processes_are_as_many_gpus_as_can_share_the_batches(monkeypatch):
+    for gpus, expected in ((0, 1), (1, 1), (2, 2), (3, 2), (8, 8), (12, 8)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert h.processes_for(h.make_profile("paper")) == expected
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="processes=4, but this machine has 2 GPU"):
+        h.processes_for(h.make_profile("paper", {"processes": 4}))
+
+
+def test_one_process_never_spreads_a_batch_over_several_gpus(tmp_path, monkeypatch):
+    arguments = h.training_arguments(h.make_profile("sample"), tmp_path)
+    assert arguments.n_gpu <= 1 and arguments.train_batch_size == arguments.per_device_train_batch_size
+
+
+def test_a_process_without_rows_of_its_own_gets_the_vectors_too(monkeypatch):
+    """Two processes and one group of rows: the second computes nothing that counts, and is sent the first one's."""
+    rows, found = torch.arange(12.0).reshape(3, 4), []
+    for index in (0, 1):
+        monkeypatch.setattr(h, "group", lambda index=index: SimpleNamespace(
+            num_processes=2, process_index=index, is_main_process=index == 0, device=torch.device("cpu")))
+        monkeypatch.setattr(h, "reduce", lambda tensor, how: found.append(tensor) or tensor)
+        h.encode_rows(Identity(), [[0, 1, 2]], lambda places: {"points": rows[places]}, torch.float32, "test")
+    assert torch.equal(found[0] + found[1], rows) and found[1].abs().sum() == 0
 
 
 def test_head_of_a_frozen_encoder_is_a_logistic_regression():

@@ -88,14 +88,14 @@ def test_limited_study_on_the_sigir_layout_with_two_workers(sigir, small, tmp_pa
     found = command(tmp_path, sigir, "doctor", *words, **settings)
     assert "SIGIR layout" in found and "missing" not in found.replace("not missing", "")
     printed = command(tmp_path, sigir, "study", *words, "--workers", "2", **settings)
-    assert "Table II, split 90-10, seed 0. Percent" in printed and "Rakuten France, described rows" in printed
+    assert "Table II, split 90-10, seed 0. Percent" in printed and "Rakuten France, described-limit300 rows" in printed
     folder = tmp_path / "paper" / "described-limit300" / "90-10" / "seed0"
     split = pd.read_csv(folder / "splits" / "split.csv")
     assert len(split) == 300 and split["label_id"].nunique() == 27
     assert (split["part"].value_counts()[["test", "val"]] == [30, 27]).all()
     assert len(pd.read_csv(folder / "scores" / "table_I.csv")) == 5
     done = command(tmp_path, sigir, "status", *words, **settings)
-    assert done.count("done") == 8 and (tmp_path / "paper" / "report" / "index.html").exists()
+    assert done.count("done") == 8 and (folder.parents[1] / "report" / "index.html").exists()
 
 
 def test_frozen_encoders_of_full_size_on_the_ens_layout(ens, full, tmp_path):

@@ -510,6 +510,12 @@ def test_full_disk_is_noticed_before_the_cache_is_begun(run, tmp_path, monkeypat
     assert h.cached_pictures(run, 40).shape == (55, 3, 40, 40)
 
 
+def test_batch_normalisation_over_processes_keeps_the_activations():
+    model = h.timm.layers.convert_sync_batchnorm(h.ImageEncoder("timm/efficientnet_b0").model)
+    kinds = {type(layer).__name__ for layer in model.modules() if "BatchNorm" in type(layer).__name__}
+    assert kinds == {"SyncBatchNormAct"}
+
+
 def test_a_network_that_is_built_at_import_has_weights_of_its_own():
     """pretrainedmodels builds its ResNeXt-101 while it is imported, here on the meta device to save half a GB."""
     first, second = h.ImageEncoder("resnext101_32x4d"), h.ImageEncoder("resnext101_32x4d")

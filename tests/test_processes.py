@@ -14,6 +14,7 @@ import helpers as h
 import run as study
 from conftest import ROOT, tiny_products
 
+
 def bert_folder(folder):
     """A small BERT without dropout: what is random in it would differ between processes."""
     words = sorted({word for title in tiny_products()["title"] for word in title.lower().split()})
@@ -64,6 +65,24 @@ def test_two_processes_make_the_stage_that_one_makes(prepared, monkeypatch, tmp_
     assert one["processes"] == 1 and one["key"] == manifest["key"]
     assert_frame_equal(curve, one_curve, rtol=0, atol=1e-4)
     assert torch.allclose(together, features, atol=1e-4) and features.std() > 0.1
+
+
+@pytest.mark.parametrize("name", ["image_whole", "image_regions"])
+def test_two_processes_make_the_features_of_pictures_that_one_makes(make_run, tmp_path, monkeypatch, name):
+    """The features alone: batch normalisation learns from the rows of one process, unless they are on GPUs."""
+    found = []
+    for processes in (2, 1):
+        monkeypatch.setenv("STUDY_RUNS", str(tmp_path / f"{processes} processes"))
+        run = make_run(cache_pictures=False, processes=processes)
+        h.split_stage(run)
+        torch.manual_seed(0)
+        h.stage(run, "seresnext", lambda out: h.save_file(h.ImageEncoder("small").state_dict(),
+                                                          out / "encoder.safetensors"))
+        h.image_features_stage(run, name)
+        ids = h.read_split(run)["product_id"]
+        found.append(h.load_tensors(run.folder / name / "features.safetensors", ids)["features"])
+        assert h.read_manifest(run, name)["processes"] == processes
+    assert torch.allclose(*found, atol=1e-5) and found[0].std() > 0.001
 
 
 def test_a_stage_that_fails_in_several_processes_says_why(prepared, tmp_path):
@@ -126,7 +145,7 @@ def reference(make_run, tmp_path):
 
 def test_the_graph_names_what_the_manifests_say_was_read(reference, make_run):
     whole = study.stage_graph(study.make_plan("sample", ["90-10", "80-20"], [0, 1], {}))
-    assert len(whole) == 4 * len(study.stage_names()) == 4 * 16
+    assert len(whole) == 4 * len(study.stage_names()) == 4 * 20
     assert all(job.run == other.run for job, after in whole.items() for other in after)
     fusion = next(job for job in whole if job.name == "fusion-concat-add")
     assert {job.name for job in whole[fusion]} == {"splits", *h.REPRESENTATIONS.values()}
