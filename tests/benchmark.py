@@ -332,8 +332,8 @@ def fusion() -> list[Ratio]:
     again, once = grid + each * rows * passes, grid + each * rows
     return [Ratio("the fusion grid, nine pairs x 20 epochs, on cached features", "encoding every row in every epoch",
                   again / grid, 200, seconds=grid, seconds_against=again,
-                  note=f"{rows:,} rows; from {MEASURED_EPOCHS} of {EPOCHS} epochs; the other time from {each:.2f} s a row "
-                       f"(four texts, the regions of a picture); with the one encoding that caching needs: "
+                  note=f"{rows:,} rows; from {MEASURED_EPOCHS} of {EPOCHS} epochs; the other time from {each:.2f} s a "
+                       f"row (four texts, the regions of a picture); with the one encoding that caching needs: "
                        f"{again / once:.0f}"),
             Ratio("the fusion grid's time", "15 minutes", grid / 900, 1, at_most=True, seconds=grid,
                   seconds_against=900),
