@@ -88,6 +88,7 @@ def test_limited_study_on_the_sigir_layout_with_two_workers(sigir, small, tmp_pa
     found = command(tmp_path, sigir, "doctor", *words, **settings)
     assert "SIGIR layout" in found and "missing" not in found.replace("not missing", "")
     printed = command(tmp_path, sigir, "study", *words, "--workers", "2", **settings)
+    printed = " ".join(printed.split())  # titles are wrapped
     assert "Table II, split 90-10, seed 0. Percent" in printed and "Rakuten France, described-limit300 rows" in printed
     folder = tmp_path / "paper" / "described-limit300" / "90-10" / "seed0"
     split = pd.read_csv(folder / "splits" / "split.csv")
