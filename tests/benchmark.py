@@ -344,7 +344,7 @@ def fusion() -> list[Ratio]:
             grid = seconds(lambda: list(pool.map(train_pair, pairs))) * EPOCHS / MEASURED_EPOCHS
     each, rows, passes = seconds_to_encode(), COLUMN - TEST, EPOCHS * len(PAIRS)
     again, once = grid + each * rows * passes, grid + each * rows
-    return [Ratio("the fusion grid, nine pairs x 20 epochs, on cached features", "encoding every row in every epoch",
+    return [Ratio("the fusion grid, nine pairs x 20 epochs, on cached features", "encoding in every epoch",
                   again / grid, 200, seconds=grid, seconds_against=again,
                   note=f"{rows:,} rows; from {MEASURED_EPOCHS} of {EPOCHS} epochs; the other time from {each:.2f} s a "
                        f"row (four texts, the regions of a picture); with the one encoding that caching needs: "
