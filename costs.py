@@ -83,9 +83,8 @@ BASE_CONFIGS = {
 
 def text_config(encoder: str, source: str) -> PreTrainedConfig:
     """The checkpoint's configuration from its folder or the hub's local cache, else that of the paper's checkpoint."""
-    place = str(h.from_root(source)) if h.from_root(source).is_dir() else source
     try:
-        return AutoConfig.from_pretrained(place, local_files_only=True)
+        return AutoConfig.from_pretrained(h.checkpoint_place(source), local_files_only=True)
     except (OSError, ValueError):
         return BASE_CONFIGS[encoder]
 
@@ -156,7 +155,7 @@ def fusion_networks(project: bool, **widths: int) -> list[Network]:
     """The fusion models that notebook 07 trains, each on one row of representations of these widths."""
     found = []
     with torch.device("meta"):
-        for variant in (*h.TABLE_VARIANTS, *h.RAW_VARIANTS):
+        for variant in h.TRAINED_VARIANTS:
             model = h.HierarchicalFusion(widths, variant, project=project)
             costs = measure(model, {name: torch.empty(1, width) for name, width in widths.items()}, half=False)
             found.append(Network(sum(p.numel() for p in model.parameters()), 27, *costs))

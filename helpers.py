@@ -60,6 +60,7 @@ from datetime import timedelta
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from pickle import UnpicklingError
+from types import ModuleType
 from urllib.parse import urlparse
 
 import joblib
@@ -627,7 +628,7 @@ def save_tensors(path: Path, product_ids: Sequence[int], **tensors: np.ndarray |
 
 
 def load_tensors(path: Path, product_ids: Sequence[int]) -> dict[str, Tensor]:
-    """The tensors of `save_tensors`, with their rows in the order of `product_ids`; KeyError names a missing id.
+    """The tensors of `save_tensors`, with their rows in the order of `product_ids`; ValueError names a missing id.
 
     Used in 03, 06 and 08.
     """
@@ -635,8 +636,8 @@ def load_tensors(path: Path, product_ids: Sequence[int]) -> dict[str, Tensor]:
     index = pd.Index(tensors.pop("product_id").numpy())
     rows = index.get_indexer(np.asarray(product_ids))
     if (rows < 0).any():
-        raise KeyError(f"{path} has no row for product {np.asarray(product_ids)[rows < 0][0]}; "
-                       f"{(rows < 0).sum()} of {len(rows)} are missing: make its stage again")
+        raise ValueError(f"{path} has no row for product {np.asarray(product_ids)[rows < 0][0]}; "
+                         f"{(rows < 0).sum()} of {len(rows)} are missing: make its stage again")
     return {name: tensor[torch.as_tensor(rows)] for name, tensor in tensors.items()}
 
 
@@ -683,10 +684,16 @@ def catalogue_folder(run: Run) -> Path:
     return folder
 
 
+def sample_generator() -> ModuleType:
+    """The module data/sample_catalogue.py."""
+    spec = importlib.util.spec_from_file_location("sample_catalogue", CLASSES.with_name("sample_catalogue.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _current_sample(folder: Path) -> Path:
-    spec = importlib.util.spec_from_file_location("sample_catalogue", ROOT / "data" / "sample_catalogue.py")
-    generator = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generator)
+    generator = sample_generator()
     written = read_json(folder / "sample.json") or {}
     if written.get("source_sha256") != hash_file(Path(generator.__file__)):
         generator.write_catalogue(folder)
@@ -724,8 +731,8 @@ def load_test_products(folder: Path) -> pd.DataFrame:
 
     FileNotFoundError names the files that would do. SIGIR's second phase is taken before its first.
     """
-    tables = LAYOUTS[find_layout(folder)]["test"]
-    return read_products(folder, test_table(folder), tables[test_table(folder)])
+    name = test_table(folder)
+    return read_products(folder, name, LAYOUTS[find_layout(folder)]["test"][name])
 
 
 def test_table(folder: Path) -> str:
@@ -1556,13 +1563,19 @@ def load_text_model(run: Run, encoder: str, texts: Sequence[str], folder: Path) 
     return small_text_model(encoder, tokenizer, profile.text_width, profile.text_layers, profile.max_length), tokenizer
 
 
+def checkpoint_place(source: str) -> str:
+    """The folder that `source` names from the project's root; if there is none, `source`, a name on the hub."""
+    folder = from_root(source)
+    return str(folder) if folder.is_dir() else source
+
+
 def load_checkpoint(source: str, max_length: int, gradient_checkpointing: bool = False) -> tuple[nn.Module, object]:
     """Model (float32, without the pooler, which nothing here reads) and tokenizer of a Hugging Face text checkpoint.
 
     `source` is a folder or a name on the hub. ValueError if it cannot be had, or cannot read `max_length` tokens.
     """
     try:
-        place = str(from_root(source)) if from_root(source).is_dir() else source
+        place = checkpoint_place(source)
         model = AutoModel.from_pretrained(place, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(place)
     except Exception as error:  # the libraries raise many kinds for a folder or a download that is not whole
@@ -1591,7 +1604,7 @@ def longest_input(model: nn.Module, tokenizer) -> int:
 
 
 def tokenise(tokenizer, texts: Sequence[str], max_length: int) -> list[dict[str, list[int]]]:
-    """input_ids and attention_mask of each text, cut at `max_length` tokens, not padded.
+    """input_ids of each text, cut at `max_length` tokens; `tokenizer.pad` makes a batch of them, with its mask.
 
     A tokenizer in Rust takes all texts in one call. One in Python, such as FlauBERT's, takes them one by one; if they
     are many, in processes, and the ids are kept in data/cache under a name made of the tokenizer's files and the texts.
@@ -1607,7 +1620,7 @@ def tokenise(tokenizer, texts: Sequence[str], max_length: int) -> list[dict[str,
         ids = [tokenizer.encode(text, truncation=True, max_length=max_length) for text in texts]
     else:
         ids = cached_ids(tokenizer, texts, max_length)
-    return [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]
+    return [{"input_ids": row} for row in ids]
 
 
 def cached_ids(tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
@@ -2242,6 +2255,7 @@ TABLE_VARIANTS = (Variant("concat", "concat"), Variant("concat", "add"), Variant
 # The same without standardising, which notebook 07 compares.
 RAW_VARIANTS = tuple(dataclasses.replace(variant, standardise=False) for variant in TABLE_VARIANTS
                      if variant.head == "basic")
+TRAINED_VARIANTS = (*TABLE_VARIANTS, *RAW_VARIANTS)
 
 
 def named_variant(name: str) -> Variant:
@@ -2265,7 +2279,10 @@ class ImageReduction(nn.Module):
         self.pool = nn.AdaptiveMaxPool1d(width // channels)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.pool(self.conv(image[:, None])).flatten(1)
+        # self.conv(image[:, None]) as a matrix product, which a CPU does faster: [N, p, 3] by [3, channels]
+        windows = nn.functional.pad(image, (1, 1)).unfold(-1, 3, 1)
+        answers = nn.functional.linear(windows, self.conv.weight[:, 0], self.conv.bias)
+        return self.pool(answers.transpose(1, 2)).flatten(1)
 
 
 def make_head(width: int, classes: int, head: str, dropout: float) -> nn.Sequential:
@@ -2367,8 +2384,10 @@ def train_fusion(model: HierarchicalFusion, train: tuple, val: tuple, *, epochs:
 
 @torch.inference_mode()
 def predict_fusion(model: HierarchicalFusion, representations: dict[str, Tensor]) -> Tensor:
-    """Logits [N, 27], in eval mode. Used in 07."""
-    return model.eval()(**representations)
+    """Logits [N, 27], in eval mode; a thousand rows at a time, so that memory does not grow with them. Used in 07."""
+    model.eval()
+    batches = zip(*(rows.split(1000) for rows in representations.values()))
+    return torch.cat([model(**dict(zip(representations, batch))) for batch in batches])
 
 
 def make_fusion(run: Run, variant: Variant, representations: dict[str, Tensor]) -> HierarchicalFusion:

@@ -221,13 +221,12 @@ class Job:
 
 def make_stage(run: h.Run, name: str) -> None:
     """Make one stage, whatever its kind, unless it is there."""
-    variants = {f"fusion-{variant.name}": variant for variant in (*h.TABLE_VARIANTS, *h.RAW_VARIANTS)}
     makers = {"splits": h.split_stage, "text": h.text_stage, "baselines": h.baseline_stage,
               "seresnext": h.image_encoder_stage}
     if name in makers:
         makers[name](run)
-    elif name in variants:
-        h.fusion_stage(run, variants[name])
+    elif name.startswith("fusion-"):
+        h.fusion_stage(run, h.named_variant(name.removeprefix("fusion-")))
     elif name in ("image_regions", "image_whole"):
         h.image_features_stage(run, name)
     else:
@@ -236,7 +235,7 @@ def make_stage(run: h.Run, name: str) -> None:
 
 def stage_names() -> list[str]:
     """All stages up to the fusion variants, each after those it reads."""
-    fusion = [f"fusion-{variant.name}" for variant in (*h.TABLE_VARIANTS, *h.RAW_VARIANTS)]
+    fusion = [f"fusion-{variant.name}" for variant in h.TRAINED_VARIANTS]
     return [*(name for name in h.READS if name != "fusion"), *fusion]
 
 
@@ -261,7 +260,7 @@ def side_by_side(graph: dict[Job, list[Job]], workers: int) -> None:
         worker = free.get()
         gpu = {"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)]} if gpus else {}
         try:
-            run_job(job, {**threads, **os.environ, **gpu})
+            tell(job, *run_job(job, {**threads, **os.environ, **gpu}))
         finally:
             free.put(worker)
 
@@ -281,14 +280,20 @@ def side_by_side(graph: dict[Job, list[Job]], workers: int) -> None:
             raise
 
 
-def run_job(job: Job, environment: dict[str, str]) -> None:
-    """Run the job's command to its end. StepFailed, with what it said, if it fails."""
+def run_job(job: Job, environment: dict[str, str]) -> tuple[float, str]:
+    """Run the job's command to its end: its seconds, and what went wrong, "" if nothing did."""
     start = time.perf_counter()
     ended = subprocess.run(job.command, env={**environment, "STUDY_PARENT": str(os.getpid())}, text=True,
                            capture_output=True)
-    if ended.returncode:
-        raise StepFailed(f"{job} failed\n  " + "\n  ".join(ended.stderr.splitlines()[-20:]))
-    console.print(f"        {job}  {time.perf_counter() - start:.0f} s", highlight=False)
+    said = "\n  ".join([f"{job} failed, exit code {ended.returncode}", *ended.stderr.splitlines()[-20:]])
+    return time.perf_counter() - start, said * bool(ended.returncode)
+
+
+def tell(job: Job, seconds: float, failure: str) -> None:
+    """Say that a job is done; StepFailed if it is not."""
+    if failure:
+        raise StepFailed(failure)
+    console.print(f"        {job}  {seconds:.0f} s", highlight=False)
 
 
 def on_ray(graph: dict[Job, list[Job]]) -> None:
@@ -304,10 +309,8 @@ def on_ray(graph: dict[Job, list[Job]]) -> None:
     ours = {name: value for name, value in os.environ.items() if name.startswith(("STUDY_", "RAKUTEN_", "HF_"))}
 
     @ray.remote(max_retries=0)
-    def make(job: Job, *_: object) -> str:
-        ended = subprocess.run(job.command, env={**os.environ, **ours, "STUDY_PARENT": str(os.getpid())}, text=True,
-                               capture_output=True)
-        return f"exit code {ended.returncode}\n{ended.stderr}" if ended.returncode else ""
+    def make(job: Job, *_: object) -> tuple[float, str]:
+        return run_job(job, {**os.environ, **ours})
 
     with_gpu = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {}
     jobs = {}
@@ -315,9 +318,7 @@ def on_ray(graph: dict[Job, list[Job]]) -> None:
         gpu = with_gpu if job.name not in ("splits", "text", "baselines") else {}
         jobs[job] = make.options(**gpu).remote(job, *(jobs[other] for other in graph[job]))
     for job, result in jobs.items():
-        if said := ray.get(result):
-            raise StepFailed(f"{job} failed\n  " + "\n  ".join(said.splitlines()[-20:]))
-        console.print(f"        {job}  done", highlight=False)
+        tell(job, *ray.get(result))
     ray.shutdown()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from transformers import BertConfig, BertModel, BertTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -111,6 +112,14 @@ def tiny_ens(tmp_path):
 @pytest.fixture
 def tiny_sigir(tmp_path):
     return write_sigir(tmp_path / "sigir")
+
+
+def make_bert(folder: Path, **size: float) -> tuple[BertTokenizer, BertModel]:
+    """A BERT of this size with random weights, and its tokenizer, which knows the titles' words."""
+    words = sorted({word for title in tiny_products()["title"] for word in title.lower().split()})
+    (folder / "words.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    tokenizer = BertTokenizer(vocab=str(folder / "words.txt"))
+    return tokenizer, BertModel(BertConfig(vocab_size=len(tokenizer), **size))
 
 
 SMALL = {"camembert": "small", "flaubert": "small", "seresnext": "small", "text_width": 16, "text_layers": 1,

@@ -3,9 +3,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    BertConfig,
-    BertModel,
-    BertTokenizer,
     CamembertConfig,
     CamembertModel,
     DebertaV2Config,
@@ -22,7 +19,7 @@ from transformers import (
 )
 
 import helpers as h
-from conftest import tiny_products
+from conftest import make_bert, tiny_products
 
 SIZE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 
@@ -34,10 +31,7 @@ def pieces(*special: str) -> list[tuple[str, float]]:
 
 
 def bert(folder):
-    words = sorted({word for title in tiny_products()["title"] for word in title.lower().split()})
-    (folder / "words.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
-    tokenizer = BertTokenizer(vocab=str(folder / "words.txt"))
-    return tokenizer, BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=40, **SIZE))
+    return make_bert(folder, max_position_embeddings=40, **SIZE)
 
 
 def roberta(folder):

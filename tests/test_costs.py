@@ -4,12 +4,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import isolate, tiny_products
 from typer.testing import CliRunner
 
 import costs
 import helpers as h
 import run as study
+from conftest import isolate, tiny_products
 
 PAPER = h.make_profile("paper")
 PUBLIC = costs.Sizes(55_116, {"title": 22, "description": 141}, "public")

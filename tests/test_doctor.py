@@ -5,13 +5,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import isolate, tiny_products
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
 import doctor
 import helpers as h
 import run as study
+from conftest import isolate, tiny_products
 
 TEXTS = tiny_products()["title"].tolist()
 

@@ -1,5 +1,4 @@
 """The paper's profile on files in Rakuten's two layouts, with checkpoints from local folders, by the command line."""
-import importlib.util
 import os
 import subprocess
 import sys
@@ -17,10 +16,7 @@ from conftest import ROOT
 def ens(tmp_path_factory):
     """About 1,800 invented products of all 27 classes, as challengedata.ens.fr lays them out."""
     folder = tmp_path_factory.mktemp("ens")
-    spec = importlib.util.spec_from_file_location("sample_catalogue", ROOT / "data" / "sample_catalogue.py")
-    generator = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generator)
-    generator.write_catalogue(folder)
+    h.sample_generator().write_catalogue(folder)
     return folder
 
 

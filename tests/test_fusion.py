@@ -57,6 +57,16 @@ def test_image_reduction_gives_the_text_vectors_width(width):
     assert sum(p.numel() for p in reduction.parameters()) == 4 * 3 + 4
 
 
+@pytest.mark.parametrize("width", [60, 768])
+def test_image_reduction_is_a_convolution_and_a_max_pool(width):
+    reduction, image = h.ImageReduction(width), torch.randn(5, 512)
+    expected = reduction.pool(reduction.conv(image[:, None])).flatten(1)
+    assert torch.allclose(reduction(image), expected, atol=1e-6)
+    gradients = [torch.autograd.grad(found.square().sum(), list(reduction.parameters())) for found in
+                 (reduction(image), expected)]
+    assert all(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4) for ours, theirs in zip(*gradients))
+
+
 def test_width_that_the_channels_do_not_divide_is_refused():
     with pytest.raises(ValueError, match="30 is not a multiple of 4"):
         h.ImageReduction(30)

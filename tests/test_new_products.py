@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import helpers as h
+import run as study
 
 VARIANT = h.named_variant("concat-add")
 
@@ -26,14 +27,8 @@ def make_unlabelled(folder: Path, products: pd.DataFrame) -> None:
 
 
 def train(run: h.Run) -> None:
-    h.split_stage(run)
-    h.text_stage(run)
-    for encoder in h.TEXT_ENCODERS:
-        for field in h.FIELDS:
-            h.text_encoder_stage(run, encoder, field)
-    h.image_encoder_stage(run)
-    h.image_features_stage(run, "image_regions")
-    h.fusion_stage(run, VARIANT)
+    for name in ("splits", "text", "seresnext", *h.REPRESENTATIONS.values(), f"fusion-{VARIANT.name}"):
+        study.make_stage(run, name)
 
 
 @pytest.mark.parametrize("layout, settings, file, head", [

@@ -8,24 +8,19 @@ import psutil
 import pytest
 import torch
 from pandas.testing import assert_frame_equal
-from transformers import BertConfig, BertModel, BertTokenizer
 
 import helpers as h
 import run as study
-from conftest import ROOT, tiny_products
+from conftest import ROOT, make_bert
 
 
 def bert_folder(folder):
     """A small BERT without dropout: what is random in it would differ between processes."""
-    words = sorted({word for title in tiny_products()["title"] for word in title.lower().split()})
     folder.mkdir()
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
-    tokenizer = BertTokenizer(vocab=str(folder / "vocab.txt"))
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                         intermediate_size=64, max_position_embeddings=64, hidden_dropout_prob=0.0,
-                         attention_probs_dropout_prob=0.0)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    for part in make_bert(folder, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                          max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0):
+        part.save_pretrained(folder)
     return folder
 
 
@@ -87,7 +82,6 @@ def test_two_processes_make_the_features_of_pictures_that_one_makes(make_run, tm
 
 def test_a_stage_that_fails_in_several_processes_says_why(prepared, tmp_path):
     run = prepared(processes=2, max_length=64)
-    (tmp_path / "bert" / "vocab.txt").unlink()
     (tmp_path / "bert" / "tokenizer.json").write_text("{}")
     with pytest.raises(ChildProcessError, match="stage camembert_title failed in 2 processes: error: text checkpoint "
                                                 ".*bert' cannot be loaded"):
@@ -159,8 +153,9 @@ def test_two_workers_make_what_is_made_one_after_another(reference, monkeypatch)
 
     def timed(job, environment):
         start = time.monotonic()
-        run_job(job, environment)
+        found = run_job(job, environment)
         spans[job.name] = (start, time.monotonic())
+        return found
 
     monkeypatch.setattr(study, "run_job", timed)
     study.side_by_side(graph_of(run), 2)
@@ -179,6 +174,6 @@ def test_ray_makes_what_is_made_one_after_another(reference, monkeypatch):
 
 def test_a_failing_stage_stops_those_that_wait_for_it(make_run):
     run = make_run(camembert="nobody/nothing", cache_pictures=False)
-    with pytest.raises(study.StepFailed, match="failed\n.*text checkpoint 'nobody/nothing' cannot be loaded"):
+    with pytest.raises(study.StepFailed, match="exit code 1\n.*text checkpoint 'nobody/nothing' cannot be loaded"):
         study.side_by_side(graph_of(run), 2)
     assert (run.folder / "text").exists() and not (run.folder / "camembert_title").exists()

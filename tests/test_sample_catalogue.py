@@ -1,6 +1,5 @@
 """The sample: layout, class sizes, missing texts, duplicates, pictures, seeds, whole or not at all."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -9,20 +8,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+import helpers as h
+
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, TEST_ROWS = 600, 30
 SMALL = {"rows": 440, "test_rows": 4}  # 27 classes of at least 16 rows need 432
 
 
-def load_module():
-    """data/sample_catalogue.py, loaded by its path and not registered: as a notebook may do it."""
-    spec = importlib.util.spec_from_file_location("sample_catalogue", ROOT / "data" / "sample_catalogue.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-sc = load_module()
+sc = h.sample_generator()
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import torch
 from sklearn.metrics import classification_report
 
 import helpers as h
+import run as study
 
 # Six rows of three classes: class 0 has 2 of 3 right, class 1 has 1 of 2, class 2 has 1 of 1.
 TRUTH, PREDICTED = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2]
@@ -174,17 +175,8 @@ def test_head_probabilities_are_the_softmax_of_the_linear_head(tmp_path):
 # --- the whole chain ----------------------------------------------------------------------------------
 def test_chain_ends_in_the_test_parts_scores(make_run):
     run = make_run(image_size=32, region_size=32, grid=8, image_batch=16)
-    h.split_stage(run)
-    h.text_stage(run)
-    h.baseline_stage(run)
-    for encoder in h.TEXT_ENCODERS:
-        for field in h.FIELDS:
-            h.text_encoder_stage(run, encoder, field)
-    h.image_encoder_stage(run)
-    for name in ("image_regions", "image_whole"):
-        h.image_features_stage(run, name)
-    for variant in h.TABLE_VARIANTS:
-        h.fusion_stage(run, variant)
+    for name in study.stage_names():
+        study.make_stage(run, name)
     folder = h.score_stage(run)
     test = h.read_split(run).query("part == 'test'")
     predictions = h.load_tensors(folder / "predictions.safetensors", test["product_id"])
