@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -312,36 +312,35 @@ TEST = round(COLUMN * h.SPLITS["90-10"])
 VAL = round((COLUMN - TEST) * h.VALIDATION_SHARE)
 
 
-@cache
-def cached_rows() -> list[tuple]:
-    """(representations, labels) of the training and the validation part: random numbers of the paper's size."""
-    torch.set_num_threads(1)  # one core for each of the two processes
-    generator = torch.Generator().manual_seed(0)
-    return [({name: torch.randn(rows, width, generator=generator) for name, width in WIDTHS.items()},
-             torch.randint(0, 27, (rows,), generator=generator)) for rows in (COLUMN - TEST - VAL, VAL)]
+def write_features(folder: Path) -> None:
+    """The features of five encoders, as their stages write them: random numbers of the paper's size."""
+    for name, width in WIDTHS.items():
+        h.save_tensors(folder / f"{name}.safetensors", range(COLUMN), features=torch.randn(COLUMN, width))
 
 
-def cached_rows_are_ready(worker: int) -> None:
-    """Make the rows before the clock starts: they are read, not made, in a study."""
-    cached_rows()
-
-
-def train_pair(pair: tuple[str, str]) -> None:
+def train_pair(pair: tuple[str, str], folder: Path) -> None:
     """Train one fusion variant for some epochs, as `fusion_stage` does for all; all epochs cost the same."""
-    train, val = cached_rows()
+    torch.set_num_threads(1)  # one core for each of the two processes
+    x = {name: h.load_tensors(folder / f"{name}.safetensors", range(COLUMN))["features"] for name in WIDTHS}
+    draw = torch.Generator().manual_seed(0)
+    labels, places = torch.randint(0, 27, (COLUMN,), generator=draw), torch.randperm(COLUMN, generator=draw)
+    train, val = places[TEST + VAL:].sort().values, places[TEST:TEST + VAL].sort().values
     profile, model = h.make_profile("paper"), h.HierarchicalFusion(WIDTHS, h.Variant(*pair))
-    model.fit_scale(train[0])
-    h.train_fusion(model, train, val, epochs=MEASURED_EPOCHS, batch=profile.fusion_batch, lr=profile.fusion_lr, seed=0,
-                   label=model.variant.name)
+    model.fit_scale(x, train)
+    h.train_fusion(model, x, labels, train, val, epochs=MEASURED_EPOCHS, batch=profile.fusion_batch,
+                   lr=profile.fusion_lr, seed=0, label=model.variant.name)
 
 
 def fusion() -> list[Ratio]:
     """The whole grid of fusions on cached features, against encoding every row again in every epoch."""
     pairs = sorted(PAIRS, key=lambda pair: pair.count("concat"), reverse=True)  # the largest first
-    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(cached_rows_are_ready, range(2)))
-        with Memory() as memory:  # two variants at a time, one core each, as `run.py study --workers 2` does
-            grid = seconds(lambda: list(pool.map(train_pair, pairs))) * EPOCHS / MEASURED_EPOCHS
+    with tempfile.TemporaryDirectory() as folder:
+        write_features(Path(folder))
+        processes = concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
+        with Memory() as memory, processes as pool:
+            list(pool.map(abs, range(2)))  # both have started; then each trains a variant on a core of its own
+            train = partial(train_pair, folder=Path(folder))
+            grid = seconds(lambda: list(pool.map(train, pairs))) * EPOCHS / MEASURED_EPOCHS
     each, rows, passes = seconds_to_encode(), COLUMN - TEST, EPOCHS * len(PAIRS)
     again, once = grid + each * rows * passes, grid + each * rows
     return [Ratio("the fusion grid, nine pairs x 20 epochs, on cached features", "encoding in every epoch",

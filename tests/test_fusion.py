@@ -211,8 +211,10 @@ def labelled(n: int, seed: int, noise: float = 1.0):
 
 def fit(seed: int = 0, epochs: int = 4, head: str = "basic", noise: float = 1.0, lr: float = 1e-3):
     model = model_of("average", "average", seed, head=head)
-    curve = h.train_fusion(model, labelled(120, 1, noise), labelled(60, 2, noise), epochs=epochs, batch=32, lr=lr,
-                           seed=seed, label="test")
+    (train, labels), (val, val_labels) = labelled(120, 1, noise), labelled(60, 2, noise)
+    x = {name: torch.cat([val[name], train[name]]) for name in val}
+    curve = h.train_fusion(model, x, torch.cat([val_labels, labels]), torch.arange(60, 180), torch.arange(60),
+                           epochs=epochs, batch=32, lr=lr, seed=seed, label="test")
     return model, curve
 
 
