@@ -194,7 +194,7 @@ CHOICES = {"rows": ("described", "all"), "clean": ("paper", "light"), "pooling":
            "compile": ("off", "eager", "aot_eager", "inductor", "cudagraphs")}
 SHARES = ("dropout", "text_dropout")  # from 0 to below 1
 LOWEST = {"limit": 0, "early_stopping": 0, "device_batch": 0, "checkpoint_steps": 0, "processes": 0,
-          "loader_workers": -1}  # other numbers are above 0
+          "loader_workers": -1, "max_length": 3}  # tokens: the two of the frame and one; other numbers are above 0
 # Settings that decide how fast a stage is made and in how much memory, and nothing of what it contains.
 SPEED_ONLY = ("gradient_checkpointing", "checkpoint_steps", "processes", "loader_workers", "cache_pictures")
 
@@ -1609,12 +1609,15 @@ def longest_input(model: nn.Module, tokenizer) -> int:
 def tokenise(tokenizer, texts: Sequence[str], max_length: int) -> list[dict[str, list[int]]]:
     """input_ids of each text, cut at `max_length` tokens; `tokenizer.pad` makes a batch of them, with its mask.
 
-    A tokenizer in Rust takes all texts in one call. One in Python, such as FlauBERT's, takes them one by one; if they
-    are many, in processes, and the ids are kept in data/cache under a name made of the tokenizer's files and the texts.
-    An empty text, as of a missing description, has the opening and the closing token. Used in 02 to 04.
+    A tokenizer in Rust takes all texts in one call, or, where words do not depend on their neighbours, all distinct
+    words. One in Python, such as FlauBERT's, takes texts one by one; if they are many, in processes, and the ids are
+    kept in data/cache under a name made of the tokenizer's files and the texts. An empty text, as of a missing
+    description, has the opening and the closing token. Used in 02 to 04.
     """
     texts = list(texts)
-    if tokenizer.is_fast:
+    if cuts_at_spaces(tokenizer):
+        ids = ids_of_words(tokenizer, texts, max_length)
+    elif tokenizer.is_fast:
         rust = tokenizer.backend_tokenizer  # itself, so that no offsets into the texts are computed
         rust.no_padding()
         rust.enable_truncation(max_length, direction=tokenizer.truncation_side)
@@ -1624,6 +1627,30 @@ def tokenise(tokenizer, texts: Sequence[str], max_length: int) -> list[dict[str,
     else:
         ids = cached_ids(tokenizer, texts, max_length)
     return [{"input_ids": row} for row in ids]
+
+
+def cuts_at_spaces(tokenizer) -> bool:
+    """Whether a tokenizer cuts texts at spaces before all else, and frames them by one token on either side.
+
+    CamemBERT's and XLM-R's do: a word's tokens are the same in every text.
+    """
+    if not tokenizer.is_fast or tokenizer.truncation_side != "right":
+        return False
+    rust, steps = tokenizer.backend_tokenizer, tokenizer.backend_tokenizer.pre_tokenizer
+    return (isinstance(steps, pre_tokenizers.Sequence) and isinstance(steps[0], pre_tokenizers.WhitespaceSplit)
+            and len(rust.encode("").ids) == 2)
+
+
+def ids_of_words(tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
+    """The token ids of each text, put together from those of its words; a word that occurs often is looked at once."""
+    rust = tokenizer.backend_tokenizer
+    rust.no_padding()
+    rust.no_truncation()
+    first, last = rust.encode("").ids
+    words = list(dict.fromkeys(word for text in texts for word in text.split(" ")))
+    known = dict(zip(words, (found.ids for found in rust.encode_batch_fast(words, add_special_tokens=False))))
+    rows = ([i for word in text.split(" ") for i in known[word]] for text in texts)
+    return [[first, *row[:max_length - 2], last] for row in rows]
 
 
 def cached_ids(tokenizer, texts: list[str], max_length: int) -> list[list[int]]:

@@ -3,9 +3,10 @@ import nltk
 import numpy as np
 import pytest
 import torch
+from transformers import CamembertTokenizer, DebertaV2Tokenizer, XLMRobertaTokenizer
 
 import helpers as h
-from conftest import tiny_products
+from conftest import make_bert, tiny_products
 
 TEXTS = [h.clean_text(text) for column in ("title", "description") for text in tiny_products()[column]]
 
@@ -182,6 +183,27 @@ def test_tokenise_equals_one_call_a_row_and_cuts_at_the_length(tokenizers, encod
         kept = alone if len(alone) <= 9 else [*alone[:8], alone[-1]]  # the closing token stays
         assert row == {"input_ids": kept}
     assert h.tokenise(tokenizer, [""], 9)[0]["input_ids"] == [tokenizer.bos_token_id, tokenizer.sep_token_id]
+
+
+@pytest.mark.parametrize("kind, by_words", [
+    ("camembert", True), ("xlm-r", True), ("bert", False), ("deberta", False), ("cut on the left", False)])
+def test_words_put_together_equal_whole_texts(tokenizers, tmp_path, kind, by_words):
+    """A tokenizer whose words depend on their neighbours, or whose cut is another, takes whole texts."""
+    odd = ["<mask>", "a <mask> b", "a<mask>b </s> c", "  deux   espaces ", "saut\nde\tligne", "\u00a0insécable\u2003fin",
+           "e\u0301te\u0301 \u0302x", "漢字 🧸", "▁a ▁ b", "\x1cx\x1f"]
+    pieces = [(piece, -float(i)) for piece, i in sorted(tokenizers["camembert"].get_vocab().items(), key=lambda p: p[1])]
+    makers = {"xlm-r": XLMRobertaTokenizer, "deberta": DebertaV2Tokenizer}
+    if kind == "bert":
+        tokenizer = make_bert(tmp_path, hidden_size=8, num_attention_heads=2)[0]
+    else:
+        tokenizer = makers.get(kind, CamembertTokenizer)(vocab=pieces)
+    if kind == "cut on the left":
+        tokenizer.truncation_side = "left"
+    assert h.cuts_at_spaces(tokenizer) == by_words
+    for length in (3, 9, 500):
+        rows = h.tokenise(tokenizer, [*TEXTS, *odd, ""], length)
+        assert [row["input_ids"] for row in rows] == [
+            tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in [*TEXTS, *odd, ""]]
 
 
 @encoders
