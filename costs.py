@@ -138,8 +138,8 @@ def text_network(profile: h.Profile, encoder: str, tokens: int) -> Network:
 @cache
 def image_networks(profile: h.Profile) -> tuple[Network, Network]:
     """The image encoder on one whole picture, and on the regions of one picture (all its tiles, forward only)."""
+    encoder = h.shape_of_encoder(profile.seresnext)
     with torch.device("meta"):
-        encoder = h.ImageEncoder(profile.seresnext).to("meta")
         whole, cut = (torch.empty(2, 3, size, size) for size in (profile.image_size, profile.region_size))
         costs = [cost / 2 for cost in measure(encoder, {"pixels": whole}, profile.precision != "float32")]
         network = Network(sum(p.numel() for p in encoder.parameters()), encoder.width, *costs)

@@ -140,7 +140,7 @@ def find_unreadable(paths: Sequence[str], size: int) -> list[str]:
             return True
         return False
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
+    with ThreadPoolExecutor(h.cores()) as pool:  # Pillow decodes outside the interpreter's lock
         failed = track(pool.map(fails, paths), "decoding pictures", len(paths), console=Console(stderr=True),
                        transient=True)
         return [path for path, bad in zip(paths, failed) if bad]
@@ -190,7 +190,7 @@ def check_disk(profile: h.Profile) -> list[Check]:
 
 def check_machine(profile: h.Profile) -> list[Check]:
     """Memory, processor cores and GPUs."""
-    memory, need, cores = psutil.virtual_memory(), MEMORY_GB[profile.name], os.cpu_count() or 1
+    memory, need, cores = psutil.virtual_memory(), MEMORY_GB[profile.name], h.cores()
     little = memory.available / 1e9 < need
     found = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free; profile {profile.name} needs {need} GB"
     checks = [Check("memory", "warning" if little else "ok", found,

@@ -78,8 +78,8 @@ import torchvision
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, find_executable_batch_size, reduce
-from accelerate.utils.memory import should_reduce_batch_size
-from filelock import FileLock
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from filelock import FileLock, Timeout
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from IPython import get_ipython
 from IPython.display import Markdown, display
@@ -297,6 +297,12 @@ def device() -> torch.device:
     return group().device
 
 
+def cores() -> int:
+    """Processor cores for this process: STUDY_CORES, or its share of those that the machine lets it use."""
+    share = joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(os.environ.get("STUDY_CORES") or max(1, share))
+
+
 # ======================================================================================================
 # 2  Progress
 # ======================================================================================================
@@ -358,6 +364,7 @@ READS = {"splits": (), "text": ("splits",), "baselines": ("text", "splits"),
          **{f"{encoder}_{field}": ("text", "splits") for encoder in TEXT_ENCODERS for field in FIELDS},
          "seresnext": ("splits",), "image_regions": ("splits", "seresnext"), "image_whole": ("splits", "seresnext"),
          "fusion": ("splits", *REPRESENTATIONS.values())}
+UNTIL_WHOLE = ("recipe.json", "trained.safetensors")  # what a stopped stage goes on from; no part of it
 LIBRARIES = ("torch", "torchvision", "transformers", "pretrainedmodels", "timm", "scikit-learn", "numpy", "pandas")
 
 
@@ -372,7 +379,7 @@ def stage(run: Run, name: str, build: Callable[[Path], dict], reads: Sequence[st
     It matches if the code of `build` and of the helpers it calls, the settings this code reads, the split,
     the seed, and the contents of `reads` (stages) and `inputs` (name -> hash) are the same. `build` writes
     into `<name>.partial`, which stays after a stop, so that a build that can resume finds what it left.
-    Raises DamagedStage for a folder whose files have changed.
+    Raises DamagedStage for a folder whose files have changed, ValueError if another process is making this stage.
 
     A build that several processes can do `together` is started in as many as the profile says; it is then called in
     each of them, and its main process writes the files.
@@ -386,18 +393,34 @@ def stage(run: Run, name: str, build: Callable[[Path], dict], reads: Sequence[st
         if together and processes > 1 and group().num_processes == 1:
             launch(run, name, processes)
         else:
-            if group().is_main_process:
-                if read_json(partial_folder / "recipe.json") != recipe:
+            with made_once(folder):
+                if group().is_main_process and read_json(partial_folder / "recipe.json") != recipe:
                     shutil.rmtree(partial_folder, ignore_errors=True)
-                partial_folder.mkdir(parents=True, exist_ok=True)
-                write_json(partial_folder / "recipe.json", recipe)
-            if together:
-                wait_for_file(partial_folder / "recipe.json", recipe)
-            if together or group().is_main_process:
-                _build(build, partial_folder, folder, {"stage": name, "key": key, **recipe})
-            wait_for_file(folder / "manifest.json", {"key": key})
+                    partial_folder.mkdir(parents=True, exist_ok=True)
+                    write_json(partial_folder / "recipe.json", recipe)
+                if together:
+                    wait_for_file(partial_folder / "recipe.json", recipe)
+                if together or group().is_main_process:
+                    _build(build, partial_folder, folder, {"stage": name, "key": key, **recipe})
+                wait_for_file(folder / "manifest.json", {"key": key})
     report_event(stage=str(folder.relative_to(runs_folder())), key=key)
     return folder
+
+
+@contextmanager
+def made_once(folder: Path) -> Iterator[None]:
+    """Keep other processes from making the stage `folder` at the same time; ValueError if one is making it."""
+    if not group().is_main_process:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:  # for some seconds, because what a stopped study started ends a little later
+        held = FileLock(folder.with_name(f".{folder.name}.lock")).acquire(timeout=10)
+    except Timeout as error:
+        raise ValueError(f"stage {folder.name} is being made by another process of this study ({folder}); "
+                         "wait until it is done, or stop it") from error
+    with held:
+        yield
 
 
 def processes_for(profile: Profile) -> int:
@@ -417,14 +440,14 @@ def agreed(value: object) -> object:
     return broadcast_object_list([value])[0] if group().num_processes > 1 else value
 
 
-def wait_for_file(path: Path, holds: dict, seconds: float = 120) -> None:
-    """Wait until all processes are here and see that the JSON file `path` holds these values.
+def wait_for_file(path: Path, holds: dict | None = None, seconds: float = 120) -> None:
+    """Wait until all processes are here and see the file `path`; if it is JSON, that it holds the values `holds`.
 
     On another machine a shared folder may show a new file late. TimeoutError if it does not within `seconds`.
     """
     group().wait_for_everyone()
     end = time.monotonic() + seconds
-    while not holds.items() <= (read_json(path) or {}).items():
+    while not (path.exists() if holds is None else holds.items() <= (read_json(path) or {}).items()):
         if time.monotonic() > end:
             raise TimeoutError(f"{path} has not appeared within {seconds:.0f} s; is the folder shared by all machines?")
         time.sleep(0.5)
@@ -474,8 +497,8 @@ def _build(build: Callable[[Path], dict], partial_folder: Path, folder: Path, he
     metrics = build(partial_folder) or {}
     if not group().is_main_process:
         return
-    (partial_folder / "recipe.json").unlink()
-    files = {str(p.relative_to(partial_folder)): hash_file(p) for p in sorted(partial_folder.rglob("*")) if p.is_file()}
+    files = {str(path.relative_to(partial_folder)): hash_file(path) for path in sorted(partial_folder.rglob("*"))
+             if path.is_file() and path.name not in UNTIL_WHOLE}
     write_json(partial_folder / "manifest.json", {
         **head, "metrics": metrics, "seconds": round(time.perf_counter() - start, 2),
         "peak_memory_gb": round(peak_memory_gb(), 3), "device": str(device()), "processes": group().num_processes,
@@ -483,6 +506,8 @@ def _build(build: Callable[[Path], dict], partial_folder: Path, folder: Path, he
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES}, "files": files})
     shutil.rmtree(folder, ignore_errors=True)
     partial_folder.rename(folder)
+    for name in UNTIL_WHOLE:
+        (folder / name).unlink(missing_ok=True)
 
 
 def launch(run: Run, name: str, processes: int) -> None:
@@ -496,22 +521,35 @@ def launch(run: Run, name: str, processes: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         events, log = Path(folder) / "events", Path(folder) / "log"
         events.touch()
-        threads = str(max(1, (os.cpu_count() or 1) // processes))
-        environment = {"OMP_NUM_THREADS": threads, **os.environ, "STUDY_EVENTS": str(events),
+        share = str(max(1, cores() // processes))
+        environment = {"OMP_NUM_THREADS": share, **os.environ, "STUDY_CORES": share, "STUDY_EVENTS": str(events),
                        "STUDY_PARENT": str(os.getpid())}
         line = Progress(f"{name} in {processes} processes", 0)
         with log.open("w") as output, events.open(encoding="utf-8") as lines:
             child = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-            while child.poll() is None:
-                time.sleep(0.5)
-                for event in map(json.loads, lines):
-                    if "text" in event:
-                        line.show(event["text"])
-        line.close()
+            try:
+                while child.poll() is None:
+                    time.sleep(0.5)
+                    for event in map(json.loads, lines):
+                        if "text" in event:
+                            line.show(event["text"])
+            finally:
+                child.terminate()  # torchrun ends its processes; nothing happens if it has ended
+                child.wait()
+                line.close()
         if child.returncode:
-            said = log.read_text(encoding="utf-8", errors="replace").splitlines()
-            errors = list(dict.fromkeys(text for text in said if text.startswith("error: "))) or said[-20:]
-            raise ChildProcessError(f"stage {name} failed in {processes} processes: " + "\n".join(errors))
+            raise ChildProcessError(f"stage {name} failed in {processes} processes: "
+                                    + what_failed(log.read_text(encoding="utf-8", errors="replace")))
+
+
+def what_failed(log: str) -> str:
+    """The sentences that begin with "error: " in what torchrun and its processes said, or else their last words."""
+    said = log.splitlines()
+    if errors := list(dict.fromkeys(line for line in said if line.startswith("error: "))):
+        return "\n".join(errors)
+    own = next((i for i, line in enumerate(said) if "torch/distributed/elastic" in line), len(said))
+    signals = [line.strip() for line in said if line.strip().startswith("traceback : Signal")]
+    return "\n".join([*said[:own][-20:], *signals]) or "\n".join(said[-20:])
 
 
 def peak_memory_gb() -> float:
@@ -614,8 +652,10 @@ def read_json(path: Path) -> dict | None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a value as indented JSON."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a value as indented JSON; a stop, or a full disk, leaves the old file."""
+    partial_path = path.with_name(f"{path.name}.partial")
+    partial_path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial_path.replace(path)
 
 
 def save_tensors(path: Path, product_ids: Sequence[int], **tensors: np.ndarray | Tensor) -> None:
@@ -890,7 +930,7 @@ def cached_signs(folder: Path, products: pd.DataFrame) -> np.ndarray:
     def write(path: Path) -> None:
         bar = Progress("comparing pictures", len(products), "pictures")
         try:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
+            with ThreadPoolExecutor(cores()) as pool:  # Pillow decodes outside the interpreter's lock
                 signs = np.stack(list(bar.track(pool.map(picture_signs, products["picture"]))))
         finally:
             bar.close()
@@ -1280,7 +1320,8 @@ def finetune(model: Classifier, train: RowDataset, val: RowDataset, folder: Path
     AdamW with linear decay, gradients clipped at 1.0. `batch` rows make a step, shared by all processes; where they do
     not fit on a device, fewer at a time, whose gradients are added up. (Batch normalisation sees only the rows that are
     on a device together, or, on several GPUs, in all processes.) Checkpoints in `folder`/checkpoints, from which it
-    resumes after a stop. `workers` processes load the rows. Returns the learning curve, one row an epoch: [epoch,
+    resumes after a stop; the end in `folder`/trained.safetensors, so that a stop while features are written loses no
+    training. `workers` processes load the rows. Returns the learning curve, one row an epoch: [epoch,
     train_loss, val_loss, val_accuracy, val_macro_f1]. Shown in 03.
     """
     sampler = EpochSampler(len(train), batch, seed, lengths)
@@ -1304,14 +1345,22 @@ def finetune(model: Classifier, train: RowDataset, val: RowDataset, folder: Path
         trainer.model_accepts_loss_kwargs = False  # forward's **inputs are the encoder's, not the loss's
         trainer.remove_callback(PrinterCallback)
         with memory_explained(rows):
-            trainer.train(resume_from_checkpoint=drop_torn_checkpoints(folder / "checkpoints"))
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints", precision(profile)))
         return trainer.state.log_history
 
-    history = attempt()
-    group().wait_for_everyone()  # all have read the best epoch
+    trained = folder / "trained.safetensors"
+    if not agreed(trained.exists()):
+        curve = learning_curve(attempt())
+        group().wait_for_everyone()  # all have read the best epoch
+        if group().is_main_process:
+            curve.to_csv(folder / "curve.csv", index=False)
+            save_file(model.state_dict(), trained.with_suffix(".partial"))
+            trained.with_suffix(".partial").rename(trained)
+    wait_for_file(trained)
+    model.load_state_dict(load_file(trained))
     if group().is_main_process:
-        shutil.rmtree(folder / "checkpoints")
-    return learning_curve(history)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return pd.read_csv(folder / "curve.csv")
 
 
 def rows_at_a_time(batch: int, device_batch: int) -> list[int]:
@@ -1359,6 +1408,7 @@ def training_arguments(profile: Profile, folder: Path, **more: object) -> Traini
         output_dir=folder, max_grad_norm=1.0, lr_scheduler_type="linear",
         eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", save_total_limit=1,
         load_best_model_at_end=True, metric_for_best_model="macro_f1", greater_is_better=True,
+        restore_callback_states_from_checkpoint=True,  # how long early stopping has waited
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=not cuda,
         torch_compile_backend=None if profile.compile == "off" else profile.compile,
         dataloader_pin_memory=cuda, label_names=["labels"], remove_unused_columns=False, report_to="none",
@@ -1371,8 +1421,7 @@ def loader_workers(profile: Profile) -> int:
     """How many processes load pictures for one that trains: the setting, or as many as it has cores, at most 8."""
     if profile.loader_workers >= 0:
         return profile.loader_workers
-    cores = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))  # fewer where stages share the machine
-    return min(8, cores) if device().type == "cuda" else 0
+    return min(8, cores()) if device().type == "cuda" else 0
 
 
 def validation_scores(found: transformers.EvalPrediction) -> dict[str, float]:
@@ -1381,14 +1430,25 @@ def validation_scores(found: transformers.EvalPrediction) -> dict[str, float]:
     return score(labels, logits.argmax(-1)) | {"cross_entropy": nn.functional.cross_entropy(logits, labels).item()}
 
 
-def drop_torn_checkpoints(folder: Path) -> bool:
-    """Remove checkpoints that a kill left unfinished (their state is written last); whether a whole one is left."""
+CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+def last_checkpoint(folder: Path, dtype: torch.dtype) -> str | None:
+    """The newest whole checkpoint of the Trainer, the same for all processes; what a stop left of others is removed.
+
+    A GPU in another precision than fp16 cannot read fp16's scaler, and does without it.
+    """
+    found = None
     if group().is_main_process:
-        for checkpoint in folder.glob("checkpoint-*"):
-            if read_json(checkpoint / "trainer_state.json") is None:
+        for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2])):
+            whole = all((checkpoint / file).exists() for file in CHECKPOINT_FILES)
+            if whole and read_json(checkpoint / "trainer_state.json"):  # written last
+                found = str(checkpoint)
+            else:
                 shutil.rmtree(checkpoint)
-    group().wait_for_everyone()
-    return any(folder.glob("checkpoint-*"))
+            if dtype != torch.float16:
+                (checkpoint / "scaler.pt").unlink(missing_ok=True)
+    return agreed(found)
 
 
 def learning_curve(history: list[dict]) -> pd.DataFrame:
@@ -1428,7 +1488,19 @@ def encode(encoder: nn.Module, batches: Iterable[dict[str, Tensor]],
     encoder.eval().to(device())
     with torch.autocast(device().type, dtype, enabled=dtype != torch.float32):
         for batch in batches:
-            yield encoder(**{name: tensor.to(device()) for name, tensor in batch.items()}).float().cpu()
+            yield encode_batch(encoder, batch)
+
+
+def encode_batch(encoder: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The vectors [N, width] (float32, CPU) of one batch; by halves when memory runs out."""
+    try:
+        return encoder(**{name: tensor.to(device()) for name, tensor in batch.items()}).float().cpu()
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error) or len(next(iter(batch.values()))) == 1:
+            raise
+    clear_device_cache(garbage_collection=True)
+    halves = zip(*(tensor.chunk(2) for tensor in batch.values()))
+    return torch.cat([encode_batch(encoder, dict(zip(batch, half))) for half in halves])
 
 
 def encode_rows(encoder: nn.Module, groups: Sequence[Sequence[int]], inputs: Callable[[Sequence[int]], dict],
@@ -1561,7 +1633,9 @@ def load_text_model(run: Run, encoder: str, texts: Sequence[str], folder: Path) 
     """
     profile, source = run.profile, getattr(run.profile, encoder)
     if source != "small":
-        return load_checkpoint(source, profile.max_length, profile.gradient_checkpointing)
+        model, tokenizer = load_checkpoint(source, profile.max_length, profile.gradient_checkpointing)
+        check_pooling(source, model, profile.pooling)
+        return model, tokenizer
     tokenizer = train_tokenizer(encoder, texts, profile.vocabulary, folder)
     return small_text_model(encoder, tokenizer, profile.text_width, profile.text_layers, profile.max_length), tokenizer
 
@@ -1589,8 +1663,10 @@ def load_checkpoint(source: str, max_length: int, gradient_checkpointing: bool =
                          f"tokenizer {len(tokenizer)}; the tokenizer's files are missing")
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
-    if tokenizer.pad_token is None:
-        raise ValueError(f"text checkpoint {source!r} has no padding token; take an encoder such as BERT or RoBERTa")
+    if tokenizer.pad_token is None or model.config.is_encoder_decoder:
+        lacks = "has no padding token" if tokenizer.pad_token is None else "is an encoder with a decoder"
+        raise ValueError(f"text checkpoint {source!r} {lacks}; take an encoder such as BERT or RoBERTa")
+    tokenizer.padding_side = "right"  # the first token is the text's, not padding
     if max_length > (longest := longest_input(model, tokenizer)):
         raise ValueError(f"text checkpoint {source!r} reads at most {longest} tokens; set max_length={longest} or less")
     if gradient_checkpointing and model.supports_gradient_checkpointing:
@@ -1598,9 +1674,20 @@ def load_checkpoint(source: str, max_length: int, gradient_checkpointing: bool =
     return model, tokenizer
 
 
+@torch.no_grad()
+def check_pooling(source: str, model: nn.Module, pooling: str) -> None:
+    """ValueError if the vector of a text's first token is the same whatever follows it, as in a model such as GPT-2."""
+    ids = torch.tensor([[5, 6, 7], [5, 8, 9]])
+    one, other = TextEncoder(model, pooling).eval()(ids, torch.ones_like(ids))
+    if torch.allclose(one, other, atol=1e-6):
+        raise ValueError(f"text checkpoint {source!r}: its first token does not see the others, so its vector says "
+                         "nothing about the text; set pooling=mean")
+
+
 def longest_input(model: nn.Module, tokenizer) -> int:
     """The number of tokens that a text model and its tokenizer can take."""
     positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    positions = positions if positions > 0 else sys.maxsize  # XLNet has no limit and says -1
     table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
     padding = getattr(table, "padding_idx", None)  # RoBERTa's kin number positions from the one after padding
     return min(positions if padding is None else positions - padding - 1, tokenizer.model_max_length)
@@ -1647,10 +1734,10 @@ def ids_of_words(tokenizer, texts: list[str], max_length: int) -> list[list[int]
     rust.no_padding()
     rust.no_truncation()
     first, last = rust.encode("").ids
-    words = list(dict.fromkeys(word for text in texts for word in text.split(" ")))
+    words = list(dict.fromkeys(itertools.chain.from_iterable(text.split(" ") for text in texts)))
     known = dict(zip(words, (found.ids for found in rust.encode_batch_fast(words, add_special_tokens=False))))
-    rows = ([i for word in text.split(" ") for i in known[word]] for text in texts)
-    return [[first, *row[:max_length - 2], last] for row in rows]
+    rows = (itertools.chain.from_iterable(map(known.__getitem__, text.split(" "))) for text in texts)
+    return [[first, *itertools.islice(row, max_length - 2), last] for row in rows]
 
 
 def cached_ids(tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
@@ -1767,7 +1854,7 @@ class DecodedPictures:
 
     def decode(self, positions: Iterable[int]) -> Iterator[np.ndarray]:
         """These pictures one by one, decoded on all processors."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
+        with ThreadPoolExecutor(cores()) as pool:  # Pillow decodes outside the interpreter's lock
             yield from pool.map(lambda i: self[int(i)], positions)
 
 
@@ -1869,6 +1956,8 @@ def make_backbone(name: str) -> tuple[nn.Module, int, PictureFormat]:
         return model, model.head_hidden_size, PictureFormat(data["mean"], data["std"], data["input_size"][-1])
     if library == "torchvision":
         model = torchvision.models.get_model(model_name, weights=None)
+        if hasattr(model, "transform_input"):
+            model.transform_input = True  # as torchvision sets it where it loads the weights itself
         data = torchvision.models.get_model_weights(model_name).DEFAULT.transforms()
         return model, remove_classifier(model), PictureFormat(data.mean, data.std, data.crop_size[0])
     if name == "small":
@@ -1929,21 +2018,33 @@ def weight_sources(name: str, weights: str) -> list[WeightSource]:
     library, model = split_backbone_name(name)
     if weights == "none" or (name == "small" and weights == "imagenet"):
         return []
+    url = published_url(name)
     if file := weight_file(weights):
-        return [WeightSource(f"file {weights}", file.exists(), partial(read_weights, file))]
-    if library == "timm":
-        found = timm.get_pretrained_cfg(model)
-        if repository := found.hf_hub_id:
-            return [on_hub(repository, partial(read_timm, model))]
-        if not found.url:
-            raise ValueError(f"timm has no weights for {model}; set image_weights to a file, or to none")
-        return published_at("timm", found.url)
-    if library == "torchvision":
-        return published_at("torchvision", torchvision.models.get_model_weights(model).DEFAULT.url)
-    found = published_at("pretrainedmodels", pretrained_settings(name)["url"])
+        read = read_checked if file.name == file_name(url) else read_weights  # another file's checksum is not known
+        return [WeightSource(f"file {weights}", file.exists(), partial(read, file))]
+    if library == "timm" and (repository := timm.get_pretrained_cfg(model).hf_hub_id):
+        return [on_hub(repository, partial(read_timm, model))]
+    if not url:
+        raise ValueError(f"timm has no weights for {model}; set image_weights to a file, or to none")
+    found = published_at(library or "pretrainedmodels", url)
     if name == "se_resnext50_32x4d":  # the address is often down
         found.append(on_hub(SERESNEXT_MIRROR, read_mirror))
     return found
+
+
+def published_url(name: str) -> str:
+    """The address of a backbone's ImageNet weights, as its library knows it; "" if there is none."""
+    library, model = split_backbone_name(name)
+    if library == "timm":
+        return timm.get_pretrained_cfg(model).url or ""
+    if library == "torchvision":
+        return torchvision.models.get_model_weights(model).DEFAULT.url
+    return "" if name == "small" else pretrained_settings(name)["url"]
+
+
+def file_name(url: str) -> str:
+    """"resnet50-11ad3fa6.pth" of its address."""
+    return Path(urlparse(url).path).name
 
 
 def weight_file(weights: str) -> Path | None:
@@ -1953,7 +2054,7 @@ def weight_file(weights: str) -> Path | None:
 
 def published_at(owner: str, url: str) -> list[WeightSource]:
     """A file in torch hub's cache, then the address it comes from."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file_name(url)
     return [WeightSource(f"torch hub cache {path.name}", path.exists(), partial(read_checked, path)),
             WeightSource(f"{owner}, {url}", False, partial(download_checked, url, path), url)]
 
@@ -2100,8 +2201,7 @@ def check_image_encoder(profile: Profile) -> None:
     Takes no time: on PyTorch's meta device a tensor has a shape and no content.
     """
     name, side = profile.seresnext, profile.image_size
-    with torch.device("meta"):
-        encoder = ImageEncoder(name).to("meta").eval()
+    encoder = shape_of_encoder(name)
     if why := refusal(encoder, side):
         raise ValueError(f"{name} cannot take pictures of {side} x {side} pixels ({why}); set image_size="
                          f"{encoder.expects.size}")
@@ -2110,6 +2210,15 @@ def check_image_encoder(profile: Profile) -> None:
         if why := refusal(encoder, side):
             raise ValueError(f"{name} cannot take {side} x {side} tiles ({why}); set regions=feature_map, which reads "
                              "the features of the whole picture")
+
+
+def shape_of_encoder(name: str) -> ImageEncoder:
+    """The encoder on PyTorch's meta device, in eval mode; those that cannot be built there are moved to it."""
+    try:
+        with torch.device("meta"):
+            return ImageEncoder(name).to("meta").eval()
+    except NotImplementedError:  # torchvision's RegNets copy numbers while they are built
+        return ImageEncoder(name).to("meta").eval()
 
 
 @torch.inference_mode()

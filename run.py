@@ -254,13 +254,13 @@ def side_by_side(graph: dict[Job, list[Job]], workers: int) -> None:
     free = queue.SimpleQueue()
     for worker in range(workers):
         free.put(worker)
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    share = str(max(1, h.cores() // workers))
 
     def make(job: Job) -> None:
         worker = free.get()
         gpu = {"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)]} if gpus else {}
         try:
-            tell(job, *run_job(job, {**threads, **os.environ, **gpu}))
+            tell(job, *run_job(job, {"OMP_NUM_THREADS": share, **os.environ, "STUDY_CORES": share, **gpu}))
         finally:
             free.put(worker)
 
@@ -274,8 +274,8 @@ def side_by_side(graph: dict[Job, list[Job]], workers: int) -> None:
                     future.result()
                     order.done(running.pop(future))
         except BaseException as error:
-            problems.print(f"{error or 'stopped'}\nno other stage is started", style="red", highlight=False,
-                           markup=False)
+            problems.print(f"{str(error) or 'stopped'}\nno other stage is started; those that run go on to their end",
+                           style="red", highlight=False, markup=False)
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
@@ -306,19 +306,26 @@ def on_ray(graph: dict[Job, list[Job]]) -> None:
     except ImportError as error:
         raise ValueError("--on ray needs Ray: `make ray` installs it") from error
     ray.init(log_to_driver=False, configure_logging=False)
-    ours = {name: value for name, value in os.environ.items() if name.startswith(("STUDY_", "RAKUTEN_", "HF_"))}
+    ours = {name: value for name, value in os.environ.items()
+            if name.startswith(("STUDY_", "RAKUTEN_", "HF_")) or name in ("TORCH_HOME", "XDG_CACHE_HOME")}
+    gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
+    share = max(1, cpus // gpus) if gpus else 1  # cores beside each GPU
 
-    @ray.remote(max_retries=0)
-    def make(job: Job, *_: object) -> tuple[float, str]:
-        return run_job(job, {**os.environ, **ours})
+    @ray.remote(max_retries=0, num_cpus=share)
+    def make(job: Job, *earlier: tuple[float, str]) -> tuple[float, str]:
+        if any(failure for _, failure in earlier):
+            return 0.0, f"{job} not started, because a stage that it reads failed"
+        return run_job(job, {**os.environ, **ours, "STUDY_CORES": str(share)})
 
-    with_gpu = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {}
-    jobs = {}
+    results, jobs = {}, {}
     for job in TopologicalSorter(graph).static_order():
-        gpu = with_gpu if job.name not in ("splits", "text", "baselines") else {}
-        jobs[job] = make.options(**gpu).remote(job, *(jobs[other] for other in graph[job]))
-    for job, result in jobs.items():
-        tell(job, *ray.get(result))
+        needs = {"num_gpus": 1} if gpus and job.name not in ("splits", "text", "baselines") else {}
+        results[job] = make.options(**needs).remote(job, *(results[other] for other in graph[job]))
+        jobs[results[job]] = job
+    waiting = list(jobs)
+    while waiting:
+        (done, *_), waiting = ray.wait(waiting)
+        tell(jobs[done], *ray.get(done))
     ray.shutdown()
 
 

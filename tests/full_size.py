@@ -3,6 +3,7 @@
 Real: the number of rows, the 27 codes and their row counts, with and without a description. Invented: the words, drawn
 from a made-up vocabulary as frequently as words are (Zipf's law), in texts of realistic length, some with HTML.
 """
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -45,16 +46,19 @@ def column(rows: int, shape: tuple, dressed: bool, seed: int = 0) -> list[str]:
 
 
 def vocabulary(rng: np.random.Generator) -> np.ndarray:
-    """Made-up words; the frequent ones come first."""
-    return np.array(["".join(word) for word in rng.choice(SYLLABLES, (VOCABULARY, 3))], dtype=object)
+    """Different made-up words, of one to four syllables; the frequent ones come first and are the short ones."""
+    words = []
+    for syllables in range(1, 5):
+        words += rng.permutation(["".join(word) for word in itertools.product(SYLLABLES, repeat=syllables)]).tolist()
+    return np.array(words[:VOCABULARY], dtype=object)
 
 
 def texts(rng: np.random.Generator, words: np.ndarray, n: int, shape: tuple, dressed: bool) -> list[str]:
     """`n` texts of a log-normal number of words; dressed ones carry punctuation, tags and entities."""
     median, spread, most = shape
     lengths = np.clip(rng.lognormal(np.log(median), spread, n), 1, most).astype(int)
-    ends = lengths.cumsum()
-    drawn = words[(rng.zipf(1.3, ends[-1]) - 1) % len(words)]
+    ends, frequent = lengths.cumsum(), 1 / np.arange(1, len(words) + 1)
+    drawn = rng.choice(words, ends[-1], p=frequent / frequent.sum())
     if dressed:
         drawn = [form.format(word) for form, word in zip(rng.choice(DRESS, len(drawn)), drawn)]
     return [" ".join(drawn[end - length:end]).capitalize() for end, length in zip(ends, lengths)]

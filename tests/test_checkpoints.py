@@ -3,6 +3,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    BartConfig,
+    BartModel,
     CamembertConfig,
     CamembertModel,
     DebertaV2Config,
@@ -10,12 +12,16 @@ from transformers import (
     DebertaV2Tokenizer,
     FlaubertConfig,
     FlaubertModel,
+    GPT2Config,
+    GPT2Model,
     RobertaConfig,
     RobertaModel,
     RobertaTokenizer,
     XLMRobertaConfig,
     XLMRobertaModel,
     XLMRobertaTokenizer,
+    XLNetConfig,
+    XLNetModel,
 )
 
 import helpers as h
@@ -125,6 +131,40 @@ def test_a_checkpoint_without_its_tokenizers_files_is_refused(checkpoint):
             file.unlink()
     with pytest.raises(ValueError, match="the tokenizer's files are missing|cannot be loaded"):
         h.load_checkpoint(str(checkpoint), 32)
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("gpt2", "its first token does not see the others.*set pooling=mean"),
+    ("bart", "is an encoder with a decoder; take an encoder such as BERT"), ("xlnet", None)])
+def test_models_whose_first_token_says_nothing_are_refused(tmp_path, make_run, kind, message):
+    tokenizer = RobertaTokenizer().train_new_from_iterator(tiny_products()["title"], 300)
+    size = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    model = {"gpt2": lambda: GPT2Model(GPT2Config(n_embd=24, n_layer=2, n_head=2, **size)),
+             "bart": lambda: BartModel(BartConfig(d_model=24, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                                                 decoder_attention_heads=2, **size)),
+             "xlnet": lambda: XLNetModel(XLNetConfig(d_model=24, n_layer=2, n_head=2, d_inner=48, **size))}[kind]()
+    for part in (tokenizer, model):
+        part.save_pretrained(tmp_path / kind)
+    run = make_run(camembert=str(tmp_path / kind))
+    if message:
+        with pytest.raises(ValueError, match=f"text checkpoint .*{kind}'.* {message}"):
+            h.load_text_model(run, "camembert", [], tmp_path)
+    else:
+        h.load_text_model(run, "camembert", [], tmp_path)
+    if kind == "gpt2":
+        h.load_text_model(make_run(camembert=str(tmp_path / kind), pooling="mean"), "camembert", [], tmp_path)
+
+
+def test_padding_stands_on_the_right(tmp_path):
+    for part in bert(tmp_path):
+        part.padding_side = "left"
+        part.save_pretrained(tmp_path)
+    model, tokenizer = h.load_checkpoint(str(tmp_path), 32)
+    texts = list(tiny_products()["title"])
+    rows = h.tokenise(tokenizer, texts, 32)
+    together, alone = (h.text_features(h.TextEncoder(model), tokenizer, rows, batch, torch.float32, "")
+                       for batch in (len(texts), 1))
+    assert torch.allclose(together, alone, atol=1e-5)
 
 
 def test_a_changed_checkpoint_makes_its_stage_stale(checkpoint):

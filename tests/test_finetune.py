@@ -48,6 +48,7 @@ def train(folder: Path, seed: int = 0, epochs: int = 4, noise: float = 0.5, lr: 
     curve = h.finetune(model, cloud(64, 1, noise), val, folder, h.make_profile("sample", settings),
                        collate=torch.utils.data.default_collate, epochs=epochs, batch=8, lr=lr, weight_decay=0.01,
                        seed=seed)
+    (folder / "trained.safetensors").unlink()  # as `stage` does
     return model, curve, val
 
 
@@ -68,7 +69,7 @@ def test_loss_falls_and_the_curve_has_one_row_an_epoch(tmp_path):
     assert curve["train_loss"].iloc[-1] < 0.5 * curve["train_loss"].iloc[0]
     assert curve["val_loss"].iloc[-1] < curve["val_loss"].iloc[0] and curve["val_macro_f1"].max() > 0.9
     assert model.encoder.modes == {True, False}  # train mode to learn, eval mode to score
-    assert list(tmp_path.iterdir()) == []  # no checkpoints left
+    assert [path.name for path in tmp_path.iterdir()] == ["curve.csv"]  # no checkpoints left
 
 
 def test_model_that_is_left_is_the_best_epochs(tmp_path):
@@ -169,6 +170,7 @@ def train_exactly(folder: Path, encoder: torch.nn.Module, **settings):
     model = h.Classifier(encoder, 4, CLASSES, dropout=0.0)
     curve = h.finetune(model, cloud(64, 1, 1.0), cloud(40, 2, 1.0), folder, h.make_profile("sample", settings),
                        collate=torch.utils.data.default_collate, epochs=3, batch=8, lr=0.05, weight_decay=0.01, seed=0)
+    (folder / "trained.safetensors").unlink()
     return model, curve
 
 
@@ -201,6 +203,45 @@ def test_early_stopping_waits_for_its_patience(tmp_path):
     model, curve, _ = train(tmp_path, noise=2.5, lr=1.5, epochs=12, early_stopping=2)
     best = curve["val_macro_f1"].idxmax()
     assert len(curve) == best + 1 + 2 < 12
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_early_stopping_has_waited_as_long_after_a_stop(tmp_path, monkeypatch, seed):
+    how = {"noise": 2.5, "lr": 1.5, "epochs": 12, "early_stopping": 2, "seed": seed}
+    _, whole, _ = train(tmp_path, **how)
+    begin = h.StudyCallback.on_epoch_begin
+
+    def stop(self, args, state, control, **more):
+        if state.global_step == 8 * (len(whole) - 1):  # as its last epoch begins
+            raise Killed
+        begin(self, args, state, control, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(h.StudyCallback, "on_epoch_begin", stop)
+        train(tmp_path, **how)
+    assert_frame_equal(train(tmp_path, **how)[1], whole, rtol=1e-6)
+
+
+def test_batch_that_fits_no_memory_is_encoded_by_halves():
+    class Full(Identity):
+        def forward(self, points):
+            if len(points) > 3:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return super().forward(points)
+
+    points = torch.rand(11, 4)
+    assert torch.equal(*(next(h.encode(encoder, [{"points": points}])) for encoder in (Full(), Identity())))
+
+    class Broken(Identity):
+        def forward(self, points):
+            raise RuntimeError("another error")
+
+    with pytest.raises(RuntimeError, match="another error"):
+        next(h.encode(Broken(), [{"points": points}]))
 
 
 def test_rows_at_a_time_are_divisors_of_a_processs_share(monkeypatch):
@@ -345,9 +386,6 @@ def test_stage_killed_within_an_epoch_ends_where_an_uninterrupted_one_does(prepa
 
 def test_checkpoint_cut_off_in_mid_write_does_not_stop_the_study(tmp_path, monkeypatch):
     """The Trainer writes the weights first and trainer_state.json last; a kill between them leaves only the weights."""
-    class Killed(BaseException):
-        pass
-
     def cut(self, path):
         if path.endswith("checkpoint-16/trainer_state.json"):
             raise Killed
@@ -360,3 +398,58 @@ def test_checkpoint_cut_off_in_mid_write_does_not_stop_the_study(tmp_path, monke
     assert (tmp_path / "checkpoints" / "checkpoint-16").is_dir()
     _, curve, _ = train(tmp_path)
     assert curve["epoch"].tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("file", h.CHECKPOINT_FILES)
+def test_checkpoint_that_lacks_a_file_is_not_resumed_from(tmp_path, monkeypatch, file):
+    """A kill while a checkpoint is removed leaves some of its files; the one before it is whole."""
+    _, whole, _ = train(tmp_path / "whole")
+    begin = h.StudyCallback.on_epoch_begin
+
+    def stop(self, args, state, control, **more):
+        if state.global_step == 24:
+            raise Killed
+        begin(self, args, state, control, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(h.StudyCallback, "on_epoch_begin", stop)
+        train(tmp_path)
+    newest = tmp_path / "checkpoints" / "checkpoint-24"
+    (newest / file).unlink()
+    _, curve, _ = train(tmp_path)
+    assert_frame_equal(curve, whole, rtol=1e-6)
+
+
+@pytest.mark.parametrize("step", ["text_features", "write_json"])  # the last file is the manifest
+def test_stop_after_the_last_epoch_loses_no_training(prepared, monkeypatch, step):
+    def stop(*args):
+        if step == "text_features" or args[0].name == "manifest.json":
+            raise Killed
+        return real(*args)
+
+    real = getattr(h, step)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(h, step, stop)
+        h.text_encoder_stage(prepared, "camembert", "title")
+    folder = prepared.folder / "camembert_title.partial"
+    trained, curve = h.load_file(folder / "trained.safetensors"), pd.read_csv(folder / "curve.csv")
+    monkeypatch.setattr(h, "StudyTrainer", lambda *_, **__: pytest.fail("trained again"))
+    h.text_encoder_stage(prepared, "camembert", "title")
+    features, again = features_of(prepared)
+    assert_frame_equal(curve, again)
+    model, tokenizer = h.load_checkpoint(str(h.read_stage(prepared, "camembert_title") / "encoder"), 32)
+    assert torch.equal(model.embeddings.word_embeddings.weight,
+                       trained["encoder.model.embeddings.word_embeddings.weight"])
+    assert not list(prepared.folder.rglob("trained.*")) and features.std() > 0
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full(self, *args, **more):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    h.write_json(tmp_path / "recipe.json", {"old": 1})
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        h.write_json(tmp_path / "recipe.json", {"new": 2})
+    assert h.read_json(tmp_path / "recipe.json") == {"old": 1}

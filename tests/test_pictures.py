@@ -129,11 +129,6 @@ def test_full_size_encoder_is_se_resnext_50():
     assert encoder(some_pictures(1, 14)).shape == (1, 2048)
 
 
-def on_meta(name):
-    with torch.device("meta"):
-        return h.ImageEncoder(name).to("meta").eval()
-
-
 HALF = (0.5, 0.5, 0.5)
 
 
@@ -145,6 +140,7 @@ HALF = (0.5, 0.5, 0.5)
     ("torchvision/resnet50", 2048, 23_508_032, h.IMAGENET_MEAN, 224, True),
     ("torchvision/convnext_tiny", 768, 27_820_128, h.IMAGENET_MEAN, 224, False),
     ("torchvision/vit_b_16", 768, 85_798_656, h.IMAGENET_MEAN, 224, False),
+    ("torchvision/regnet_y_400mf", 440, 3_903_144, h.IMAGENET_MEAN, 224, True),
     ("torchvision/efficientnet_b0", 1280, 4_007_548, h.IMAGENET_MEAN, 224, True),
     ("timm/resnet18", 512, 11_176_512, h.IMAGENET_MEAN, 224, True),
     ("timm/convnext_atto", 320, 3_374_520, h.IMAGENET_MEAN, 224, False),
@@ -152,7 +148,7 @@ HALF = (0.5, 0.5, 0.5)
     ("timm/efficientnet_b0", 1280, 4_007_548, h.IMAGENET_MEAN, 224, True),
     ("timm/mobilenetv3_small_100.lamb_in1k", 1024, 1_517_856, h.IMAGENET_MEAN, 224, True)])
 def test_width_constants_and_size_come_from_the_network_itself(name, width, parameters, mean, size, tiles):
-    encoder = on_meta(name)
+    encoder = h.shape_of_encoder(name)
     assert encoder.width == width and sum(p.numel() for p in encoder.parameters()) == parameters
     assert encoder.expects.size == size and tuple(encoder.expects.mean) == pytest.approx(mean)
     assert h.refusal(encoder, size) == "" and (h.refusal(encoder, 14) == "") == tiles
@@ -171,6 +167,16 @@ def test_pictures_are_prepared_as_pretrainedmodels_does(name):
     encoder.model = torch.nn.Identity()
     expected = prepare(Image.fromarray(picture.permute(1, 2, 0).numpy()))
     assert torch.allclose(encoder(picture[None])[0], expected.flatten(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_torchvisions_inceptions_prepare_pictures_as_with_their_own_weights(name, monkeypatch):
+    """torchvision switches a change of the input on where it loads the weights itself."""
+    monkeypatch.setattr(torchvision.models.get_model_weights(name), "get_state_dict", lambda *_, **__: {})
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: None)
+    with torch.device("meta"):
+        own = torchvision.models.get_model(name, weights="DEFAULT")
+    assert own.transform_input and h.shape_of_encoder(f"torchvision/{name}").model.transform_input
 
 
 @pytest.mark.parametrize("name, close", [
@@ -246,6 +252,16 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         save_file(weights, tmp_path / "w.safetensors")
         with pytest.raises(ValueError, match="do not fit small .*" + message):
             h.ImageEncoder("small", str(tmp_path / "w.safetensors"))
+
+
+def test_a_published_file_brought_by_hand_is_checked_by_its_name(tmp_path):
+    weights = h.ImageEncoder("torchvision/resnet18").model.state_dict()
+    right = h.file_name(h.published_url("torchvision/resnet18"))
+    for name in (right, "mine-20240101.pth"):
+        torch.save(weights, tmp_path / name)
+    with pytest.raises(ValueError, match="its sha256 begins with [0-9a-f]{8}, not as its name says"):
+        h.ImageEncoder("torchvision/resnet18", str(tmp_path / right))
+    assert h.ImageEncoder("torchvision/resnet18", str(tmp_path / "mine-20240101.pth")).weights_from.endswith(".pth")
 
 
 class Intruder:

@@ -89,6 +89,50 @@ def test_a_stage_that_fails_in_several_processes_says_why(prepared, tmp_path):
     assert not (run.folder / "camembert_title").exists()
 
 
+def test_what_a_process_said_before_an_unforeseen_error_is_kept(prepared, tmp_path, monkeypatch):
+    run = prepared(processes=2)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if 'LOCAL_RANK' in os.environ:\n"
+        "    import transformers\n"
+        "    def train(*args, **more): raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
+        "    transformers.Trainer.train = train\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(ChildProcessError, match="RuntimeError: CUDA error: an illegal memory access") as error:
+        h.text_encoder_stage(run, "camembert", "title")
+    assert "in finetune" in str(error.value) and len(str(error.value).splitlines()) < 30
+
+
+def test_processes_end_when_the_notebook_is_interrupted(prepared, monkeypatch):
+    run, me = prepared(processes=2, text_epochs=500), psutil.Process()
+    children = []
+
+    def interrupt(line, text):
+        children.extend(me.children(recursive=True))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(h.Progress, "show", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        h.text_encoder_stage(run, "camembert", "title")
+    assert len(children) >= 3 and not any(child.is_running() for child in children)
+
+
+def test_a_stage_is_made_by_one_process_at_a_time(prepared):
+    run = prepared(text_epochs=500)
+    code = ("import helpers as h\n"
+            f"h.text_encoder_stage(h.open_run('paper', '90-10', 0, {settings_of(run)}), 'camembert', 'title')")
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not list(run.folder.glob("camembert_title.partial/checkpoints/*")):
+        assert time.monotonic() < end and other.poll() is None
+        time.sleep(0.1)
+    with pytest.raises(ValueError, match="stage camembert_title is being made by another process"):
+        h.text_encoder_stage(run, "camembert", "title")
+    assert other.poll() is None
+    other.kill()
+    other.wait()
+
+
 def test_processes_end_with_the_one_that_started_them(prepared):
     run = prepared(processes=2, text_epochs=500)
     code = ("import helpers as h\n"
