@@ -129,7 +129,7 @@ def test_failed_build_leaves_only_the_partial_folder_and_the_old_stage(run):
     with pytest.raises(FileNotFoundError):
         h.read_stage(run, "text")
     folder = h.stage(run, "text", write_one(run, []))
-    assert [path.name for path in run.folder.iterdir()] == ["text"]
+    assert sorted(path.name for path in run.folder.iterdir()) == [".text.lock", "text"]
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "number.txt"]  # nothing of the other
     with pytest.raises(RuntimeError, match="power"):
         h.stage(run, "text", fail_halfway)
