@@ -113,7 +113,8 @@ def check_pictures(run: h.Run, products: pd.DataFrame, all_pictures: bool) -> li
     """Whether each picture of the run's rows is there, and whether they, or some of them, can be decoded."""
     paths = h.select_rows(products, run.profile.rows)["picture"].tolist()
     if not paths:
-        return [Check("pictures", "missing", f"no row is left by rows={run.profile.rows!r}", "use --set rows=all")]
+        return [Check("pictures", "missing", f"no row is left by rows={run.profile.rows!r}",
+                      "use --set rows=all" if len(products) else "get the tables again")]
     there = {entry.name for folder in {Path(path).parent for path in paths} if folder.is_dir()
              for entry in os.scandir(folder)}
     present = [path for path in paths if Path(path).name in there]

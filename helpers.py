@@ -791,6 +791,10 @@ def read_products(folder: Path, file: str, images: Sequence[str]) -> pd.DataFram
     """[product_id, image_id, title, description, picture] of one table, with its index; pictures in one of `images`."""
     columns = LAYOUTS[find_layout(folder)]["columns"]
     x = read_table(folder, file, list(columns))[list(columns)].rename(columns=columns)
+    for name in ("product_id", "image_id"):
+        if len(odd := x[name][~x[name].astype(str).str.fullmatch(r"\d{1,18}")]):
+            raise ValueError(f"{folder / file}: {name} {str(odd.iloc[0])!r} is no whole number of at most 18 digits; "
+                             "get the file again")
     if not x["product_id"].is_unique:
         raise ValueError(f"product ids in {folder / file} are not unique: "
                          f"{x['product_id'][x['product_id'].duplicated()].iloc[0]} occurs twice")
@@ -804,7 +808,10 @@ def read_table(folder: Path, file: str, columns: Sequence[str]) -> pd.DataFrame:
     """A table of the catalogue as it is, texts as texts and "" where one is missing; ValueError names a lost column."""
     layout = LAYOUTS[find_layout(folder)]
     text = {theirs: str for theirs, ours in layout["columns"].items() if ours in FIELDS}
-    table = pd.read_csv(folder / file, sep=layout["separator"], index_col=0, keep_default_na=False, dtype=text)
+    try:
+        table = pd.read_csv(folder / file, sep=layout["separator"], index_col=0, keep_default_na=False, dtype=text)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / file} cannot be read as a table in UTF-8 ({one_line(error)}); get it again") from error
     if missing := [column for column in columns if column not in table]:
         raise ValueError(f"{folder / file} has no column {', '.join(missing)}; found: {', '.join(table)}")
     return table
@@ -812,9 +819,9 @@ def read_table(folder: Path, file: str, columns: Sequence[str]) -> pd.DataFrame:
 
 def encode_labels(codes: pd.Series) -> pd.Series:
     """Label ids 0 to 26 of Rakuten's type codes; ValueError names codes that are not among the 27."""
-    labels = codes.map(load_classes().set_index("prdtypecode")["label_id"])
+    labels = pd.to_numeric(codes, errors="coerce").map(load_classes().set_index("prdtypecode")["label_id"])
     if labels.isna().any():
-        unknown = sorted(set(codes[labels.isna()]))[:5]
+        unknown = codes[labels.isna()].drop_duplicates().head(5).tolist()
         raise ValueError(f"unknown product type codes {unknown}; data/rakuten_classes.csv lists the 27 known ones")
     return labels.astype("int64")
 
@@ -853,6 +860,11 @@ def select_rows(products: pd.DataFrame, rows: str, limit: int = 0, seed: int = 0
     return products.loc[kept.sort_values()].reset_index(drop=True)
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def strip_html(text: str) -> str:
     """Plain text: entities decoded, each tag a space, runs of white space one space. Shown in 02."""
     text = html.unescape(text)
@@ -869,8 +881,9 @@ def open_picture(path: str | Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as picture:
             yield picture
-    except OSError as error:
-        raise ValueError(f"picture {path} cannot be read ({error}); download it again or remove its row") from error
+    except Exception as error:  # each of Pillow's decoders has errors of its own
+        raise ValueError(f"picture {path} cannot be read ({one_line(error)}); download it again or remove its row") \
+            from error
 
 
 def cache_file(name: str, write: Callable[[Path], None]) -> Path:
@@ -881,6 +894,7 @@ def cache_file(name: str, write: Callable[[Path], None]) -> Path:
         partial_path = path.with_name(f"{name}.partial")
         with FileLock(path.parent.with_suffix(".lock")):  # stages side by side would all make it
             try:
+                partial_path.unlink(missing_ok=True)  # what a kill left takes room
                 if not path.exists():
                     write(partial_path)
                     partial_path.rename(path)
@@ -1870,7 +1884,8 @@ def cached_pictures(run: Run, size: int) -> np.ndarray | DecodedPictures:
     pictures = DecodedPictures(products["picture"], size)
     if not run.profile.cache_pictures:
         return pictures
-    name = hash_json([catalogue_hash(folder), list(map(int, products.index)), size])[:16]
+    code, _ = code_and_settings(decode_picture)
+    name = hash_json([code, catalogue_hash(folder), list(map(int, products.index)), size])[:16]
     return np.load(cache_file(f"pictures-{name}.npy", partial(write_pictures, pictures)), mmap_mode="r")
 
 
@@ -2080,11 +2095,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError("it does not hold a state dict (a dictionary of tensors)")
     return dict(found)
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_checked(path: Path) -> dict[str, Tensor]:
@@ -2675,6 +2685,7 @@ def predict_products(run: Run, products: pd.DataFrame, variant: Variant) -> Tens
     of it is a guess, and such a row leans on title and picture; a run on `rows="all"` has learnt it. FileNotFoundError
     if the run has no trained `variant`.
     """
+    read_stage(run, f"fusion-{variant.name}")  # before the encoders' hours, not after
     return fusion_probabilities(run, variant, represent_products(run, products))
 
 

@@ -82,9 +82,24 @@ def test_missing_column_is_named_with_its_file(request, layout, file, column):
     assert column in str(error.value) and file in str(error.value) and "other" in str(error.value)
 
 
-def test_unknown_code_is_named(tiny_ens):
-    edit(tiny_ens / "Y_train_CVw08PX.csv", lambda y: y.replace({40: 41}))
-    with pytest.raises(ValueError, match=r"\b41\b.*rakuten_classes"):
+@pytest.mark.parametrize("code, named", [(41, r"\[41\]"), ("abc", r"\['abc'\]"), ("", r"\[''\]")])
+def test_unknown_code_is_named(tiny_ens, code, named):
+    edit(tiny_ens / "Y_train_CVw08PX.csv", lambda y: y.astype(object).replace({40: code}))
+    with pytest.raises(ValueError, match=named + ".*rakuten_classes"):
+        h.load_catalogue(tiny_ens)
+
+
+@pytest.mark.parametrize("column, value", [("productid", "abc"), ("imageid", ""), ("productid", "9" * 20)])
+def test_id_that_is_no_whole_number_is_named(tiny_ens, column, value):
+    edit(tiny_ens / "X_train_update.csv", lambda x: x.assign(**{column: [*x[column][:-1].astype(object), value]}))
+    with pytest.raises(ValueError, match=f"X_train_update.csv: .*_id '{value}' is no whole number"):
+        h.load_catalogue(tiny_ens)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe,\n", b',designation\n0,"open', b"a,b\n1,2\n1,2,3,4\n"])
+def test_file_that_is_no_table_is_named(tiny_ens, content):
+    (tiny_ens / "X_train_update.csv").write_bytes(content)
+    with pytest.raises(ValueError, match="X_train_update.csv cannot be read as a table in UTF-8 .*; get it again"):
         h.load_catalogue(tiny_ens)
 
 

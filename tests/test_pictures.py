@@ -55,6 +55,15 @@ def test_file_that_cannot_be_read_is_named(tmp_path, content):
         h.decode_picture(path, 16)
 
 
+def test_errors_of_other_decoders_are_said_alike(tmp_path):
+    """Pillow refuses a huge picture by an error that is no OSError."""
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    (tmp_path / "empty.bmp").write_bytes(b"BM" + bytes(60))
+    for name in ("huge.png", "empty.bmp"):
+        with pytest.raises(ValueError, match=rf"{name} cannot be read \(.*\); download it again"):
+            h.decode_picture(tmp_path / name, 16)
+
+
 def test_picture_that_was_cut_off_is_named(tmp_path):
     path = tmp_path / "cut.jpg"
     Image.effect_noise((200, 200), 60).save(path)
@@ -463,7 +472,7 @@ def test_cache_equals_decoding_in_order_of_product_id_and_is_made_once(run, tiny
     def refuse(*args, **kwargs):
         raise AssertionError("a picture was decoded again")
 
-    monkeypatch.setattr(h, "decode_picture", refuse)
+    monkeypatch.setattr(h, "open_picture", refuse)
     assert np.array_equal(h.cached_pictures(run, 24), found)
     with pytest.raises(AssertionError, match="again"):
         h.cached_pictures(run, 25)
@@ -523,6 +532,10 @@ def test_full_disk_is_noticed_before_the_cache_is_begun(run, tmp_path, monkeypat
     with pytest.raises(OSError, match=r"needs 0\.03 GB in .*0\.02 GB are free.*cache_pictures=False"):
         h.cached_pictures(run, 400)
     assert list((tmp_path / "data" / "cache").iterdir()) == []
+    rest = tmp_path / "data" / "cache" / "a.npy.partial"
+    rest.write_bytes(b"of a kill")
+    h.cache_file("a.npy", lambda path: path.write_text(str(path.exists())))
+    assert rest.with_suffix("").read_text() == "False"  # gone before the new one asks for room
     assert h.cached_pictures(run, 40).shape == (55, 3, 40, 40)
 
 
