@@ -117,8 +117,8 @@ def test_processes_end_when_the_notebook_is_interrupted(prepared, monkeypatch):
     assert len(children) >= 3 and not any(child.is_running() for child in children)
 
 
-def test_a_stage_is_made_by_one_process_at_a_time(prepared):
-    run = prepared(text_epochs=500)
+def training_elsewhere(run) -> subprocess.Popen:
+    """Another process that trains the stage camembert_title and has a checkpoint already."""
     code = ("import helpers as h\n"
             f"h.text_encoder_stage(h.open_run('paper', '90-10', 0, {settings_of(run)}), 'camembert', 'title')")
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -126,6 +126,12 @@ def test_a_stage_is_made_by_one_process_at_a_time(prepared):
     while not list(run.folder.glob("camembert_title.partial/checkpoints/*")):
         assert time.monotonic() < end and other.poll() is None
         time.sleep(0.1)
+    return other
+
+
+def test_a_stage_is_made_by_one_process_at_a_time(prepared):
+    run = prepared(text_epochs=500)
+    other = training_elsewhere(run)
     with pytest.raises(ValueError, match="stage camembert_title is being made by another process"):
         h.text_encoder_stage(run, "camembert", "title")
     assert other.poll() is None
@@ -135,13 +141,7 @@ def test_a_stage_is_made_by_one_process_at_a_time(prepared):
 
 def test_processes_end_with_the_one_that_started_them(prepared):
     run = prepared(processes=2, text_epochs=500)
-    code = ("import helpers as h\n"
-            f"h.text_encoder_stage(h.open_run('paper', '90-10', 0, {settings_of(run)}), 'camembert', 'title')")
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
-    end = time.monotonic() + 120
-    while not list(run.folder.glob("camembert_title.partial/checkpoints/*")):
-        assert time.monotonic() < end and parent.poll() is None
-        time.sleep(0.1)
+    parent = training_elsewhere(run)
     children = psutil.Process(parent.pid).children(recursive=True)
     assert len(children) >= 3  # the launcher and two workers
     parent.kill()
