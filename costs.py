@@ -208,7 +208,7 @@ def find_sizes(profile: h.Profile) -> Sizes:
     """Sizes from the catalogue where it is there (words of up to 2,000 rows), else those of the public data."""
     try:
         products = h.load_catalogue(h.catalogue_folder(h.Run(profile, "90-10", 0)))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         rows, tokens = PUBLIC_ROWS[profile.rows], PUBLIC_TOKENS[profile.rows]
         source = "no catalogue that can be read is here, so rows and text lengths are those of the public data, " \
                  "measured on 2,818 product texts."
@@ -288,9 +288,14 @@ def fitting_batch(network: Network, batch: int, gpu: Gpu) -> int:
 
 
 def cache_gb(profile: h.Profile, rows: int) -> float:
-    """Disk that the decoded pictures take: 3 bytes a pixel, once for each size that is used."""
+    """Disk that the decoded pictures take, once for each size that is used."""
     sizes = {profile.image_size, profile.region_size}
-    return profile.cache_pictures * sum(rows * 3 * size ** 2 for size in sizes) / 1e9
+    return profile.cache_pictures * sum(cache_bytes(rows, size) for size in sizes) / 1e9
+
+
+def cache_bytes(rows: int, size: int) -> int:
+    """Bytes of `rows` decoded pictures: 3 a pixel."""
+    return rows * 3 * size ** 2
 
 
 def cost_table(profile: h.Profile, splits: Sequence[str], seeds: Sequence[int], sizes: Sizes) -> pd.DataFrame:

@@ -57,8 +57,9 @@ def check_up(run: h.Run, all_pictures: bool = False) -> list[Check]:
     checks, products = check_catalogue(run)
     if products is not None:
         checks += check_pictures(run, products, all_pictures)
-    return [*checks, *check_disk(run.profile), *check_machine(run.profile), check_versions(),
-            *(check_text_weights(encoder, getattr(run.profile, encoder)) for encoder in h.TEXT_ENCODERS),
+    return [*checks, *check_disk(run), *check_machine(run.profile), check_versions(),
+            *(check_text_weights(encoder, getattr(run.profile, encoder), run.profile.max_length)
+              for encoder in h.TEXT_ENCODERS),
             check_image_weights(run)]
 
 
@@ -82,7 +83,7 @@ def check_rows(products: pd.DataFrame, public: bool) -> list[Check]:
     """Row counts, for Rakuten's files beside the public ones, and the 27 codes."""
     rows = len(products)
     filled = int((products["description"] != "").sum())
-    described = len(h.select_rows(products, "described"))
+    described = int((products["description"].str.strip() != "").sum())
     tables, texts = f"{rows:,} labelled rows", f"{filled:,} not missing, {described:,} not blank"
     same_rows, same_texts = rows == LABELLED, filled == NOT_MISSING or described == NOT_BLANK
     if public:
@@ -104,23 +105,27 @@ def check_unlabelled(folder: Path) -> Check:
         table, rows = h.test_table(folder), len(h.load_test_products(folder))
     except (ValueError, OSError) as error:
         return Check("unlabelled table", "warning", str(error), "only a submission file needs it")
-    found = f"{table}: {rows:,} rows (public: {UNLABELLED[table]:,})"
+    absent = len(h.absent_pictures(h.load_test_products(folder)))
+    found = f"{table}: {rows:,} rows (public: {UNLABELLED[table]:,}), {rows - absent:,} pictures"
+    if absent:
+        return Check("unlabelled table", "warning", found, "a submission needs all of their pictures")
     return Check("unlabelled table", "ok", found) if rows == UNLABELLED[table] else \
         Check("unlabelled table", "warning", found, "fine for a subset; otherwise get the file again")
 
 
 def check_pictures(run: h.Run, products: pd.DataFrame, all_pictures: bool) -> list[Check]:
-    """Whether each picture of the run's rows is there, and whether they, or some of them, can be decoded."""
-    paths = h.select_rows(products, run.profile.rows)["picture"].tolist()
-    if not paths:
-        return [Check("pictures", "missing", f"no row is left by rows={run.profile.rows!r}",
-                      "use --set rows=all" if len(products) else "get the tables again")]
-    there = {entry.name for folder in {Path(path).parent for path in paths} if folder.is_dir()
-             for entry in os.scandir(folder)}
-    present = [path for path in paths if Path(path).name in there]
-    missing = [path for path in paths if Path(path).name not in there]
-    found = f"{len(present):,} of {len(paths):,} (rows: {run.profile.rows}) in {Path(paths[0]).parent}"
-    checks = [_named("pictures", found, "absent", missing, "get them again, or remove their rows from both tables")]
+    """Whether each picture of the run's rows is there and not empty, and whether they, or some of them, can be decoded.
+    """
+    try:
+        products = h.select_rows(products, run.profile.rows, run.profile.limit, run.seed)
+    except ValueError as error:
+        return [Check("rows", "missing", str(error), "choose other rows, or get the tables again")]
+    paths, missing = products["picture"].tolist(), h.absent_pictures(products)
+    present = sorted(set(paths) - set(missing))
+    found = f"{len(present):,} of {len(paths):,} ({run.protocol} rows) in {Path(paths[0]).parent}"
+    places = ", ".join(h.LAYOUTS[h.find_layout(h.catalogue_folder(run))]["images"])
+    todo = "get them again, or remove their rows from both tables" if present else f"unpack them into one of {places}"
+    checks = [_named("pictures", found, "absent", missing, todo)]
     if present:
         some = present
         if not all_pictures and len(present) > PICTURES_DECODED:
@@ -164,21 +169,28 @@ def _named(name: str, found: str, what: str, paths: list[str], todo: str) -> Che
 # ======================================================================================================
 # 2  Checks: the machine and the libraries
 # ======================================================================================================
+NPY_HEADER = 128  # bytes before the numbers in a NumPy file
 MEMORY_GB = {"sample": 4, "paper": 12}  # paper: one encoder in training, the features of all rows, the tables
 
 
-def check_disk(profile: h.Profile) -> list[Check]:
+def check_disk(run: h.Run) -> list[Check]:
     """Free space where the runs and the picture cache lie, against what both splits with one seed need."""
-    sizes = costs.find_sizes(profile)
-    table = costs.cost_table(profile, list(h.SPLITS), [0], sizes)
-    once = table.drop_duplicates(["split", "stage"])
+    profile, cache, runs = run.profile, h.ROOT / "data" / "cache", run.folder.parents[1]  # those of this protocol
+    try:
+        h.check_image_encoder(profile)
+        sizes = costs.find_sizes(profile)
+        once = costs.cost_table(profile, list(h.SPLITS), [0], sizes).drop_duplicates(["split", "stage"])
+    except ValueError as error:
+        return [Check("disk", "warning", f"not computed: {error}", "correct this first")]
     kept = (once["disk_gb"] * once["runs"]).sum() + once["checkpoint_gb"].max()
-    places = {"runs": (h.runs_folder() / profile.name, kept),
-              "data/cache": (h.ROOT / "data" / "cache", costs.cache_gb(profile, sizes.rows))}
+    ours = {costs.cache_bytes(sizes.rows, size) for size in (profile.image_size, profile.region_size)}
+    places = {"runs": (runs, kept, [path for path in runs.rglob("*") if path.is_file()]),
+              "data/cache": (cache, costs.cache_gb(profile, sizes.rows), [
+                  path for path in cache.glob("pictures-*.npy") if path.stat().st_size - NPY_HEADER in ours])}
     checks, needed_on = [], {}
-    for name, (folder, need) in places.items():
+    for name, (folder, need, files) in places.items():
         there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-        used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
+        used = min(sum(path.stat().st_size for path in files) / 1e9, need)
         disk = there.stat().st_dev
         needed_on[disk] = needed_on.get(disk, 0) + max(need - used, 0)  # both may lie on the same one
         free = shutil.disk_usage(there).free / 1e9
@@ -266,14 +278,14 @@ def why_unreachable(url: str) -> str:
         return f"no answer from {url} ({error})"
 
 
-def check_text_weights(encoder: str, source: str) -> Check:
+def check_text_weights(encoder: str, source: str, max_length: int) -> Check:
     """Where the checkpoint of a text encoder would come from; nothing is downloaded."""
     todo = f"connect to the hub once, {DOWNLOAD.format(encoder)}"
     if source == "small":
         return Check(encoder, "ok", "small, from scratch: no weights needed")
     if (folder := h.from_root(source)).is_dir():
         absent = absent_parts(lambda file: (folder / file).is_file())
-        wrong = f"folder {folder} lacks {'; '.join(absent)}" if absent else why_unloadable(folder)
+        wrong = f"folder {folder} lacks {'; '.join(absent)}" if absent else why_unloadable(folder, max_length)
         return Check(encoder, "missing", wrong, f"complete the folder, {DOWNLOAD.format(encoder)}") if wrong \
             else Check(encoder, "ok", f"folder {folder}: configuration, weights and tokenizer")
     absent = absent_parts(partial(is_cached, source))
@@ -288,8 +300,9 @@ def check_text_weights(encoder: str, source: str) -> Check:
     return Check(encoder, "missing", f"{source}: no folder, not whole in the hub's local cache, {reason}", todo)
 
 
-def why_unloadable(folder: Path) -> str:
-    """Empty if a checkpoint's configuration loads and its weight file is whole, else what is wrong."""
+def why_unloadable(folder: Path, max_length: int) -> str:
+    """Empty if a checkpoint's configuration loads, its weight file is whole and `max_length` fits, else what is wrong.
+    """
     try:
         AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -300,6 +313,10 @@ def why_unloadable(folder: Path) -> str:
                 pass
     except (OSError, SafetensorError) as error:
         return f"{weights} is damaged ({error})"
+    try:
+        h.check_length(str(folder), max_length)
+    except ValueError as error:
+        return str(error)
     return ""
 
 

@@ -98,6 +98,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torchvision.transforms import v2
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoTokenizer,
     CamembertConfig,
@@ -278,8 +279,11 @@ def open_run(profile: str, split: str, seed: int, settings: dict | None = None) 
 
 
 def runs_folder() -> Path:
-    """`runs`, or the folder that STUDY_RUNS names."""
-    return from_root(os.environ.get("STUDY_RUNS") or "runs")
+    """`runs`, or the folder that STUDY_RUNS names; ValueError if that is a file."""
+    folder = from_root(os.environ.get("STUDY_RUNS") or "runs")
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; name a folder in STUDY_RUNS")
+    return folder
 
 
 def from_root(path: str) -> Path:
@@ -804,6 +808,22 @@ def read_products(folder: Path, file: str, images: Sequence[str]) -> pd.DataFram
     return x
 
 
+def absent_pictures(products: pd.DataFrame) -> list[str]:
+    """The paths of these products' pictures that are not there, or are empty files. Used in 01."""
+    folders = {Path(path).parent for path in products["picture"]}
+    there = {entry.path for folder in folders if folder.is_dir() for entry in os.scandir(folder)
+             if entry.is_file() and entry.stat().st_size}
+    return [path for path in products["picture"] if path not in there]
+
+
+def check_pictures(products: pd.DataFrame, todo: str = "") -> None:
+    """ValueError that counts the absent pictures and names the first of them. Used in 01."""
+    if absent := absent_pictures(products):
+        names = ", ".join(Path(path).name for path in absent[:3]) + ", ..." * (len(absent) > 3)
+        raise ValueError(f"{len(absent):,} of {len(products):,} pictures are absent or empty in "
+                         f"{Path(absent[0]).parent}: {names}; {todo or '`run.py doctor` lists them all'}")
+
+
 def read_table(folder: Path, file: str, columns: Sequence[str]) -> pd.DataFrame:
     """A table of the catalogue as it is, texts as texts and "" where one is missing; ValueError names a lost column."""
     layout = LAYOUTS[find_layout(folder)]
@@ -848,6 +868,8 @@ def select_rows(products: pd.DataFrame, rows: str, limit: int = 0, seed: int = 0
     if one_of("rows", rows, CHOICES["rows"]) == "described":
         products = products[products["description"].str.strip() != ""]
     products = products.reset_index(drop=True)
+    if products.empty:
+        raise ValueError(f"no row is left by rows={rows!r}; use rows='all', or get the tables again")
     if not limit or limit >= len(products):
         return products
     classes = products["label_id"].nunique()
@@ -877,7 +899,7 @@ def strip_html(text: str) -> str:
 
 @contextmanager
 def open_picture(path: str | Path) -> Iterator[Image.Image]:
-    """The picture, to be read within; ValueError names a file that cannot be read."""
+    """The picture, to be read within; ValueError names a file that cannot be read. Used in 05."""
     try:
         with Image.open(path) as picture:
             yield picture
@@ -975,7 +997,10 @@ def duplicate_groups(products: pd.DataFrame, signs: np.ndarray) -> np.ndarray:
     Two products are linked by the same title or the same description (`text_key`; empty texts link nothing) or by the
     same or nearly the same picture (`near_pairs`).
     """
-    links = [near_pairs(signs)]
+    # Equal pictures are linked to the first of them, so that many copies of one do not make a pair of each two.
+    distinct, firsts, which = np.unique(signs, axis=0, return_index=True, return_inverse=True)
+    copies = np.column_stack([firsts[which], np.arange(len(which))])[signs.any(1)]
+    links = [copies, firsts[near_pairs(distinct)]]
     for field in FIELDS:
         keys = products[field].map(text_key).to_numpy()
         rows = pd.Series(np.flatnonzero(keys != ""))
@@ -1019,8 +1044,10 @@ def cut_groups(rows: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFram
     """(the rest, a share of the rows), no group in both: of the 1 / share folds that with the fairest class counts."""
     labels = rows["label_id"].to_numpy()
     fair = share * np.bincount(labels)
-    if (groups := rows["group"].nunique()) < (n := round(1 / share)):
-        raise ValueError(f"{groups} groups of duplicates cannot be cut into {n} folds; use grouped=False or more rows")
+    groups, largest, n = rows["group"].nunique(), np.bincount(labels).max(), round(1 / share)
+    if min(groups, largest) < n:
+        raise ValueError(f"{groups} groups of duplicates, and at most {largest} rows of a class, cannot be cut into "
+                         f"{n} folds; use grouped=False or more rows")
     folds = StratifiedGroupKFold(n, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a class has fewer rows than there are folds: one is enough
@@ -2205,6 +2232,31 @@ class ImageEncoder(nn.Module):
         return getattr(vectors, "logits", vectors).flatten(1)  # Inception returns more than one thing in training
 
 
+def check_inputs(run: Run) -> None:
+    """ValueError for what would stop a run after hours: pictures, checkpoints' folders, the weight file, a network."""
+    profile = run.profile
+    check_image_encoder(profile)
+    check_pictures(select_rows(load_catalogue(catalogue_folder(run)), profile.rows, profile.limit, run.seed))
+    if (file := weight_file(profile.image_weights)) and not file.exists():
+        raise ValueError(f"image_weights={profile.image_weights}: there is no file {file}")
+    for encoder in TEXT_ENCODERS:
+        if Path(checkpoint_place(getattr(profile, encoder))).is_dir():
+            check_length(getattr(profile, encoder), profile.max_length)
+
+
+def check_length(source: str, max_length: int) -> None:
+    """ValueError if a checkpoint's folder is not whole, or its model or tokenizer cannot take `max_length` tokens."""
+    place = checkpoint_place(source)
+    try:
+        with torch.device("meta"):  # shapes alone
+            model = AutoModel.from_config(AutoConfig.from_pretrained(place, local_files_only=True))
+        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+    except Exception as error:  # the libraries raise many kinds
+        raise ValueError(f"text checkpoint {source!r} cannot be loaded ({one_line(error)})") from error
+    if max_length > (longest := longest_input(model, tokenizer)):
+        raise ValueError(f"text checkpoint {source!r} reads at most {longest} tokens; set max_length={longest} or less")
+
+
 def check_image_encoder(profile: Profile) -> None:
     """ValueError if the profile's network cannot take its pictures or tiles, and which settings would do.
 
@@ -2697,6 +2749,7 @@ def write_submission(run: Run, variant: Variant) -> Path:
     """
     folder = catalogue_folder(run)
     layout, products = LAYOUTS[find_layout(folder)], load_test_products(folder)
+    check_pictures(products, "unpack those of the unlabelled products there")
     predicted = predict_products(run, products, variant).argmax(-1).numpy()
     table = pd.DataFrame({layout["label"]: load_classes()["prdtypecode"].to_numpy()[predicted]}, index=products.index)
     name = Path(test_table(folder))

@@ -403,12 +403,13 @@ def study(plan,
           dry_run: Annotated[bool, typer.Option("--dry-run", help="only print what the study would cost")] = False):
     """Execute what is not done yet, print the tables, write the report."""
     chosen = choose_notebooks(from_, only)
+    h.one_of("place", on, ("here", "ray"))
+    h.check_image_encoder(plan[0].run.profile)
     if dry_run:
         return costs.print_costs(console, list(dict.fromkeys(step.run for step in plan)))
-    h.check_image_encoder(plan[0].run.profile)
-    catalogue_hash(plan[0].run)  # refuses a missing catalogue, makes the sample
+    h.check_inputs(plan[0].run)  # makes the sample
     graph = stage_graph([step for step in plan if step.notebook in chosen])
-    if h.one_of("place", on, ("here", "ray")) == "ray":
+    if on == "ray":
         if workers > 1:
             raise ValueError("--workers is for this machine; with --on ray, Ray decides how many stages run at a time")
         on_ray(graph)

@@ -108,6 +108,8 @@ def test_a_dry_run_prints_all_gpus_and_starts_nothing(tmp_path, monkeypatch):
     for name in (*costs.GPUS, *h.REPRESENTATIONS.values(), "seresnext", "fusion", "picture cache", "text 40%"):
         assert name in shown.output
     assert max(map(len, shown.output.splitlines())) <= 150
+    tiles = CliRunner().invoke(study.app, [*words, "--set", "seresnext=timm/vit_tiny_patch16_224"])
+    assert tiles.exit_code == 1 and "set regions=feature_map" in str(tiles.exception)
     refused = CliRunner().invoke(study.app, [*words, "--set", "text_epochs=many"])
     assert refused.exit_code == 1 and "setting text_epochs must be int" in str(refused.exception)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,5 @@
 """The doctor names what is missing and says what to do."""
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
+import costs
 import doctor
 import helpers as h
 import run as study
@@ -96,6 +98,7 @@ def test_many_absent_pictures_are_listed_in_a_file(catalogue):
     gone = pictures(catalogue)[:12]
     for path in gone:
         path.unlink()
+    gone[3].touch()  # an empty file is no picture
     found = checked("pictures", examine()).found
     assert sum(path.name in found for path in gone) == 10 and "12 absent" in found
     listing = h.runs_folder() / "pictures-absent.txt"
@@ -138,12 +141,53 @@ def test_the_unlabelled_table_is_optional_and_counted(catalogue):
     assert f"{name}: 60 rows (public: {public})" in checked("unlabelled table", examine()).found
 
 
+def test_pictures_of_the_unlabelled_products_are_counted(tiny_ens, tmp_path, monkeypatch):
+    isolate(monkeypatch, tmp_path, tiny_ens)
+    monkeypatch.setattr(doctor, "UNLABELLED", {"X_test_update.csv": 60})
+    (tiny_ens / "X_test_update.csv").write_bytes((tiny_ens / "X_train_update.csv").read_bytes())
+    found = checked("unlabelled table", examine())
+    assert found.state == "warning" and "60 rows (public: 60), 0 pictures" in found.found
+    shutil.copytree(tiny_ens / "images" / "image_train", tiny_ens / "images" / "image_test")
+    assert checked("unlabelled table", examine()).state == "ok"
+
+
+def test_no_pictures_at_all_says_where_they_are_looked_for(tiny_ens, tmp_path, monkeypatch):
+    isolate(monkeypatch, tmp_path, tiny_ens)
+    shutil.rmtree(tiny_ens / "images")
+    assert checked("pictures", examine()).todo == "unpack them into one of images/image_train, image_train"
+
+
 # --- machine, versions, weights -----------------------------------------------------------------------
+@pytest.mark.parametrize("settings, found", [
+    ({"grid": 5}, "pictures of 224 x 224 pixels cannot be cut into 5 x 5 equal regions"),
+    ({"seresnext": "timm/vit_tiny_patch16_224"}, "cannot take 14 x 14 tiles"),
+    ({"rows": "described"}, "no row is left by rows='described'")])
+def test_settings_that_are_refused_leave_the_other_checks(tiny_ens, tmp_path, monkeypatch, settings, found):
+    isolate(monkeypatch, tmp_path, tiny_ens)
+    if "rows" in settings:
+        table = tiny_ens / "X_train_update.csv"
+        pd.read_csv(table, index_col=0).assign(description="").to_csv(table)
+    run = h.open_run("paper", "90-10", 0, {"camembert": "small", "flaubert": "small", **settings})
+    checks = doctor.check_up(run)
+    assert found in checked("disk", checks).found and checked("versions", checks).state == "ok"
+
+
+def test_other_files_in_the_cache_are_not_taken_for_this_runs(make_run, tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((2, 3, 4, 4), dtype=np.uint8))
+    assert (tmp_path / "a.npy").stat().st_size - doctor.NPY_HEADER == costs.cache_bytes(2, 4)
+    run, cache = make_run(image_size=2000, region_size=2000), tmp_path / "data" / "cache"
+    cache.mkdir(parents=True)
+    for name, size, used in (("other", 10 ** 9, "0.0"), ("own", costs.cache_bytes(55, 2000) + doctor.NPY_HEADER, "0.7")):
+        with (cache / f"pictures-{name}.npy").open("wb") as file:
+            file.truncate(size)
+        assert f"need 0.7 GB, {used} GB of it are used" in checked("disk, data/cache", doctor.check_disk(run)).found
+
+
 def test_a_full_disk_is_missing_and_other_versions_are_a_warning(catalogue, monkeypatch):
-    profile = h.make_profile("paper", {"camembert": "small", "flaubert": "small", "seresnext": "small"})
-    assert {check.state for check in doctor.check_disk(profile)} == {"ok"}
+    run = h.open_run("paper", "90-10", 0, {"camembert": "small", "flaubert": "small", "seresnext": "small"})
+    assert {check.state for check in doctor.check_disk(run)} == {"ok"}
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    assert {check.state for check in doctor.check_disk(profile)} == {"missing"}
+    assert {check.state for check in doctor.check_disk(run)} == {"missing"}
     real = doctor.importlib.metadata.version
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "0.1" if name == "six" else real(name))
     assert doctor.check_versions().state == "warning" and "six 0.1 instead of" in doctor.check_versions().found
@@ -162,9 +206,9 @@ def test_a_folder_is_a_checkpoint_only_if_it_is_whole(checkpoints, tmp_path, enc
     folder = doctor.shutil.copytree(checkpoints[encoder], tmp_path / "copy")
     for other in ("tokenizer.json",) if needed == "merges.txt" else ():
         (folder / other).unlink(missing_ok=True)
-    assert doctor.check_text_weights(encoder, str(folder)).state == "ok"
+    assert doctor.check_text_weights(encoder, str(folder), 32).state == "ok"
     (folder / needed).unlink()
-    check = doctor.check_text_weights(encoder, str(folder))
+    check = doctor.check_text_weights(encoder, str(folder), 32)
     assert check.state == "missing" and needed in check.found and str(folder) in check.found and check.todo
 
 
@@ -172,7 +216,7 @@ def test_a_folder_is_a_checkpoint_only_if_it_is_whole(checkpoints, tmp_path, enc
 def test_a_damaged_file_of_a_checkpoint_is_named(checkpoints, tmp_path, file):
     folder = doctor.shutil.copytree(checkpoints["camembert"], tmp_path / "copy")
     (folder / file).write_bytes((folder / file).read_bytes()[:-20])
-    check = doctor.check_text_weights("camembert", str(folder))
+    check = doctor.check_text_weights("camembert", str(folder), 32)
     assert check.state == "missing" and file in check.found
 
 
@@ -182,10 +226,10 @@ def test_a_checkpoint_in_the_hubs_cache_is_found_and_another_is_not(checkpoints,
     doctor.shutil.copytree(checkpoints["camembert"], place / "snapshots" / "abc")
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text("abc")
-    assert "local cache" in doctor.check_text_weights("camembert", "almanach/camembert-base").found
-    check = doctor.check_text_weights("flaubert", "flaubert/flaubert_base_cased")
+    assert "local cache" in doctor.check_text_weights("camembert", "almanach/camembert-base", 256).found
+    check = doctor.check_text_weights("flaubert", "flaubert/flaubert_base_cased", 256)
     assert check.state == "missing" and "HF_HUB_OFFLINE" in check.found and "--set flaubert=" in check.todo
-    assert doctor.check_text_weights("flaubert", "/no/such/folder").state == "missing"
+    assert doctor.check_text_weights("flaubert", "/no/such/folder", 256).state == "missing"
 
 
 def test_image_weights_are_looked_for_in_each_place(tmp_path, monkeypatch, make_run):
@@ -213,7 +257,7 @@ def test_an_address_that_does_not_answer_is_said(monkeypatch):
 
 def test_the_command_fails_exactly_if_something_is_missing(catalogue, checkpoints):
     words = ["doctor", "--profile", "paper", "--set", "seresnext=small", "--set", "image_size=64",
-             *(word for encoder, folder in checkpoints.items() for word in ("--set", f"{encoder}={folder}"))]
+             "--set", "max_length=32", *(word for encoder, folder in checkpoints.items() for word in ("--set", f"{encoder}={folder}"))]
     whole = CliRunner().invoke(study.app, words)
     assert whole.exit_code == 0, whole.output
     pictures(catalogue)[0].unlink()

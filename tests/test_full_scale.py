@@ -9,7 +9,7 @@ import torch
 from transformers import CamembertConfig, CamembertModel, FlaubertConfig, FlaubertModel
 
 import helpers as h
-from conftest import ROOT
+from conftest import ROOT, isolate
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +112,23 @@ def test_frozen_encoders_of_full_size_on_the_ens_layout(ens, full, tmp_path):
         rows = h.load_tensors(run / stage / "features.safetensors", ids)["features"]
         assert rows.shape == (81, 2048 if symbol == "P" else 768) and rows.std(0).mean() > 0
     assert (run / "fusion-concat-concat" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"max_length": 65}, "reads at most 64 tokens; set max_length=64 or less"),
+    ({"image_weights": "/nowhere/w.pth"}, "there is no file /nowhere/w.pth"),
+    ({"limit": 20}, "limit=20 is too small for 27 classes"), ({}, r"1 of 300 pictures are absent or empty .*\.jpg")])
+def test_what_would_stop_a_study_after_hours_stops_it_at_once(ens, small, tmp_path, monkeypatch, settings, message):
+    isolate(monkeypatch, tmp_path, ens)
+    run = h.open_run("paper", "90-10", 0, {
+        **{encoder: str(folder) for encoder, folder in small.items()}, "seresnext": "small", "max_length": 64,
+        "limit": 300, **settings})
+    if settings:
+        with pytest.raises(ValueError, match=message):
+            h.check_inputs(run)
+    else:
+        h.check_inputs(run)
+        products = h.select_rows(h.load_catalogue(ens), "described", 300, 0)
+        monkeypatch.setattr(h, "absent_pictures", lambda rows: [products["picture"][0]])
+        with pytest.raises(ValueError, match=message):
+            h.check_inputs(run)
