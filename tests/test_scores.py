@@ -189,7 +189,7 @@ def test_chain_ends_in_the_test_parts_scores(make_run):
         assert table.loc[model, "accuracy"] == pytest.approx(100 * right)
     assert sorted(path.name for path in folder.glob("table_*")) == ["table_I.csv", "table_II.csv", "table_III.csv"]
     assert {path.suffix for path in run.folder.rglob("*") if path.is_file()} <= {
-        ".csv", ".json", ".safetensors", ".txt"}  # nothing is pickled
+        ".csv", ".json", ".lock", ".safetensors", ".txt"}  # nothing is pickled
     before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("manifest.json")}
     h.score_stage(run)
     h.image_encoder_stage(run)
