@@ -102,10 +102,10 @@ def check_rows(products: pd.DataFrame, public: bool) -> list[Check]:
 def check_unlabelled(folder: Path) -> Check:
     """The challenge's test table, which only a submission needs."""
     try:
-        table, rows = h.test_table(folder), len(h.load_test_products(folder))
+        table, products = h.test_table(folder), h.load_test_products(folder)
     except (ValueError, OSError) as error:
         return Check("unlabelled table", "warning", str(error), "only a submission file needs it")
-    absent = len(h.absent_pictures(h.load_test_products(folder)))
+    rows, absent = len(products), len(h.absent_pictures(products))
     found = f"{table}: {rows:,} rows (public: {UNLABELLED[table]:,}), {rows - absent:,} pictures"
     if absent:
         return Check("unlabelled table", "warning", found, "a submission needs all of their pictures")

@@ -1708,8 +1708,7 @@ def load_checkpoint(source: str, max_length: int, gradient_checkpointing: bool =
         lacks = "has no padding token" if tokenizer.pad_token is None else "is an encoder with a decoder"
         raise ValueError(f"text checkpoint {source!r} {lacks}; take an encoder such as BERT or RoBERTa")
     tokenizer.padding_side = "right"  # the first token is the text's, not padding
-    if max_length > (longest := longest_input(model, tokenizer)):
-        raise ValueError(f"text checkpoint {source!r} reads at most {longest} tokens; set max_length={longest} or less")
+    refuse_longer(source, longest_input(model, tokenizer), max_length)
     if gradient_checkpointing and model.supports_gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model, tokenizer
@@ -1723,6 +1722,12 @@ def check_pooling(source: str, model: nn.Module, pooling: str) -> None:
     if torch.allclose(one, other, atol=1e-6):
         raise ValueError(f"text checkpoint {source!r}: its first token does not see the others, so its vector says "
                          "nothing about the text; set pooling=mean")
+
+
+def refuse_longer(source: str, longest: int, max_length: int) -> None:
+    """ValueError if a checkpoint reads fewer tokens than `max_length`."""
+    if max_length > longest:
+        raise ValueError(f"text checkpoint {source!r} reads at most {longest} tokens; set max_length={longest} or less")
 
 
 def longest_input(model: nn.Module, tokenizer) -> int:
@@ -2253,8 +2258,7 @@ def check_length(source: str, max_length: int) -> None:
         tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
     except Exception as error:  # the libraries raise many kinds
         raise ValueError(f"text checkpoint {source!r} cannot be loaded ({one_line(error)})") from error
-    if max_length > (longest := longest_input(model, tokenizer)):
-        raise ValueError(f"text checkpoint {source!r} reads at most {longest} tokens; set max_length={longest} or less")
+    refuse_longer(source, longest_input(model, tokenizer), max_length)
 
 
 def check_image_encoder(profile: Profile) -> None:
