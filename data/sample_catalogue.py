@@ -1,44 +1,48 @@
-"""A seeded generator of synthetic French products in the ENS layout of the Rakuten France challenge.
+"""A seeded generator of invented French products in the ENS layout of the Rakuten challenge.
 
-Nothing here comes from Rakuten: sentences, brands, series and pictures are invented. Only the shape of the
-tables follows the challenge (class sizes, share of missing descriptions, lengths, duplicates, HTML), so that
-the files written here go through the loader that reads the real ones. A score on this sample says that the
-chain runs; it says nothing about the real data.
+Nothing here comes from Rakuten: sentences, brands, series and pictures are invented, and stand in
+sample_words.toml. Only the shape of the tables follows the challenge (class sizes, share of missing
+descriptions, lengths, duplicates, HTML), so that the files written here go through the loader that
+reads the real ones. A score on this sample says that the chain runs; it says nothing about the real
+data.
 
 What each modality can know
 ---------------------------
-Every product has a class and belongs to a neighbourhood of classes that share vocabulary (`GROUPS`):
-books (10, 2705, 2280, 2403), toys (1280, 1140, 1281, 1180, 1160, 1300, 1302, 1301, 1320), gaming
-(40, 2462, 60, 50, 2905), garden (2582, 2583, 2585), home (1560, 1920, 2060), shop (2522, 2220, 1940).
+Every product has a class and belongs to a neighbourhood of classes that share vocabulary ([groups]
+in sample_words.toml): books (10, 2705, 2280, 2403), toys (1280, 1140, 1281, 1180, 1160, 1300, 1302,
+1301, 1320), gaming (40, 2462, 60, 50, 2905), garden (2582, 2583, 2585), home (1560, 1920, 2060),
+shop (2522, 2220, 1940).
 
-- Title: with `P_VAGUE_TITLE` it holds words of the neighbourhood only. Otherwise one of the class's own
-  templates is used, and some of these are shared by neighbours: `{book} - {author}` serves 10 and 2705.
-- Description: with `P_BOILERPLATE` it is shop talk common to all classes, with `P_VAGUE_DESCRIPTION` it
-  speaks of the neighbourhood only. Otherwise it holds sentences of the class among the others. The condition
-  (new, second-hand, a lot of several) is mostly said here, so it often decides between 10, 2705 and 2403,
-  or between 40 and 2462.
-- Picture: one of the class's objects (`CLASS_OBJECTS`). Shared: book by 10, 2705 and 2403; magazine by
-  2280 and 2403; game case by 40, 2462 and 2905; console and gamepad by 40, 2462, 60 and 50; figurine by
-  1140 and 1180; dice by 1281 and 1180; cards by 1281 and 1160; teddy by 1280 and 1140; t-shirt by 1140
-  and 1301; table by 1560 and 2582; pillow by 1920 and 2060; lounger by 2582 and 2583. With
-  `P_NEIGHBOUR_PICTURE` the picture shows the object of a class of the neighbourhood, with `P_PARCEL` a
-  closed box. Second-hand classes are more often photographed at home, garden classes outdoors; colour,
-  pose and scale say nothing.
+- Title: with `P_VAGUE_TITLE` it holds words of the neighbourhood only. Otherwise one of the class's
+  own templates is used, and some of these are shared by neighbours: `{book} - {author}` serves 10
+  and 2705.
+- Description: with `P_BOILERPLATE` it is shop talk common to all classes, with
+  `P_VAGUE_DESCRIPTION` it speaks of the neighbourhood only. Otherwise it holds sentences of the
+  class among the others. The condition (new, second-hand, a lot of several) is mostly said here, so
+  it often decides between 10, 2705 and 2403, or between 40 and 2462.
+- Picture: one of the class's objects ([classes]). Shared: book by 10, 2705 and 2403; magazine by
+  2280 and 2403; game case by 40, 2462 and 2905; console and gamepad by 40, 2462, 60 and 50;
+  figurine by 1140 and 1180; dice by 1281 and 1180; cards by 1281 and 1160; teddy by 1280 and 1140;
+  t-shirt by 1140 and 1301; table by 1560 and 2582; pillow by 1920 and 2060; lounger by 2582 and
+  2583. With `P_NEIGHBOUR_PICTURE` the picture shows the object of a class of the neighbourhood,
+  with `P_PARCEL` a closed box. Second-hand classes are more often photographed at home, garden
+  classes outdoors (`SCENES`); colour, pose and scale say nothing.
 
-The draws for the three are independent given the class. So each modality knows something that the others
-do not, and no model can reach 100%. The probabilities were set once from plausibility, for no ranking.
-About `P_FOREIGN` of the rows are in English or German, title and description alike.
+The draws for the three are independent given the class. So each modality knows something that the
+others do not, and no model can reach 100%. The probabilities were set once from plausibility, for
+no ranking. About `P_FOREIGN` of the rows are in English or German, title and description alike.
 
 Departures from the real data
 -----------------------------
-- Every class has at least `MIN_ROWS` rows and `MIN_DESCRIBED` descriptions, so that it can be split;
-  really, class 2462 describes 4% of its rows and class 2403 3%.
+- Every class has at least `MIN_ROWS` rows and `MIN_DESCRIBED` descriptions, so that it can be
+  split; really, class 2462 describes 4% of its rows and class 2403 3%.
 - Descriptions stop at `MAX_WORDS` words; the longest real one has 2,068.
-- Real titles name many more things, real photographs are photographs, and a real copy of a description may
-  stand under an unrelated class: here a copied text comes from the same class, or from a neighbour.
+- Real titles name many more things, real photographs are photographs, and a real copy of a
+  description may stand under an unrelated class: here a copied text comes from the same class, or
+  from a neighbour.
 
-Each product draws from its own generator, seeded with (seed, index), so the files depend on the seed and the
-row counts, and not on the number of workers.
+Each product draws from its own generator, seeded with (seed, index), so the files depend on
+sample_words.toml, the seed and the row counts, and not on the number of workers.
 """
 
 import argparse
@@ -52,7 +56,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import tomllib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,413 +85,134 @@ TITLE_MEDIAN, TITLE_SPREAD, TITLE_MAX = 10.0, 0.45, 56  # words: median and sigm
 TEXT_MEDIAN, TEXT_SPREAD, MAX_WORDS = 63.0, 0.95, 400  # described rows; a median near 35 over all
 TEXT, PICTURE, TABLE = 1, 2, 3  # streams of random numbers
 
-# --- Vocabulary -------------------------------------------------------------------------------------------
-# Alternatives are separated by "|"; {name} is replaced by one alternative of that name, or by a number.
-# Attributes are invariable ("en bois", "coloris bleu"), so that they agree with any noun.
-NUMBERS = {"n": (2, 12), "t": (1, 9), "num": (13, 980), "year": (1948, 2004), "newyear": (2015, 2020),
-           "cm": (8, 240), "day": (1, 28), "age": (3, 12), "kg": (2, 60), "w": (12, 900), "pages": (90, 720)}
-WORDS = {
-    "colour": "bleu|rouge|vert|noir|blanc|gris|beige|jaune|rose|turquoise|anthracite|taupe|violet|"
-        "multicolore",
-    "material": "bois|métal|coton|résine|plastique|acier|aluminium|tissu|polyester|bambou|verre|cuir "
-        "synthétique",
-    "size": "{cm} x {cm} cm|{cm} x {cm} x {cm} cm|Ø {cm} cm|{cm}x{cm}cm|hauteur {cm} cm",
-    "letter": "A|B|C|D|F|G|H|K|L|M|N|P|R|S|T|V|X|Z",
-    "ref": "{letter}{letter}-{num}|{letter}{num}{letter}|{letter}{letter}{letter}{num}|{num}-{num}",
-    "month": "janvier|février|mars|avril|mai|juin|juillet|août|septembre|octobre|novembre|décembre",
-    "date": "{day} {month} {year}|{day}/{t}/{year}",
-    "firstname": "Camille|Aurélie|Théo|Solène|Baptiste|Hélène|Gaspard|Inès|Lucien|Maëlle|Rémi|Clémence|Noé|"
-        "Agathe",
-    "surname": "Verdon|Lacombaz|Morvenne|Tessandier|Brival|Quintrel|Delorbe|Sauvanet|Ferrandin|Gaudrel|"
-        "Vasselin",
-    "author": "{firstname} {surname}|{surname} {firstname}|{letter}. {surname}|{surname}",
-    "book": "{opening} {ending}|{opening} {ending}|{opening} {ending} et autres nouvelles|{topic} : "
-        "{opening} {ending}",
-    "opening": "Le Secret|La Maison|Les Ombres|Le Dernier Train|Mémoires|La Promesse|L'Été|Les Héritiers|La "
-        "Mécanique|Le Jardin|Chroniques|L'Île|La Nuit|Une enfance|Le Carnet|Les Voyageurs",
-    "ending": "du phare|de la forêt|des brumes|sans retour|d'Aurélie|au bord du fleuve|de Valmorain|du Nord|"
-        "des oubliés|de l'horloger|en hiver|du capitaine|des collines|de papier|sous la neige|de la marée",
-    "topic": "Spécial jardin|Les châteaux oubliés|La marine à voile|Recettes d'automne|L'histoire du rail|"
-        "Les grands peintres|Apprendre le dessin|La vie des abeilles|Sciences et techniques|Le Moyen Âge",
-    "genre": "policier|fantastique|historique|jeunesse|de cuisine|de voyage|de poche|d'art|de jardinage",
-    "format": "poche|broché|relié|grand format|édition illustrée|couverture souple",
-    "publisher": "Éditions Valmorain|Éditions du Quai Vert|La Plume Grise|Presses d'Orlande|Atelier "
-        "Tessandier",
-    "mag": "Le Courrier des Rivages|Moteurs d'Hier|Ciné Vallée|La Gazette du Faubourg|Saveurs & Clochers|"
-        "Science Claire|Vapeur & Rails|Le Petit Colombier|Modes d'Antan|Sport Dimanche Soir",
-    "series": "Drakelune|Galdrim|Les Sylvaroks|Astrelune|Vorgane|Mini Tribu|Ostrival|Kapuchon|Brumaciel|"
-        "Zorbilles",
-    "hero": "chevalier|princesse|dragon|sorcier|pirate|licorne|robot|guerrière|dinosaure|aviateur|elfe|"
-        "monstre",
-    "toybrand": "Tilvane|Joujoval|Pimpaloo|Lutinette|Cubolin|Grelottin|Oursavelle",
-    "game": "Drakelune {t}|Turbo Rivage {t}|Galdrim Legends|Stade Mania {newyear}|Opération Vorgane|Les "
-        "Vergers de Valmorain|Astrelune : l'Éveil|Rallye Tempête|Le Donjon d'Ostrival|Zombie Faubourg",
-    "platform": "Novabox|Novabox 2|Orion 4|Orion 3|Kivo 2|Zenta Pocket|Mégadeck|PC",
-    "edition": "édition standard|édition collector|version française|import|édition limitée|intégrale",
-    "gamebrand": "Hexalynx|Norvick|Kelmora|Pixandre|Ferrolynx|Volterion",
-    "gardenbrand": "Jardivane|Soléo Nord|Florandie|Vertalise|Aquavelle|Norvick",
-    "homebrand": "Maison Velcourt|Nordika Home|Casavelle|Orvalune|Atelier Brumaire|Lumio & Co",
-    "room": "chambre|salon|cuisine|entrée|bureau|salle de bain|salle à manger",
-    "style": "scandinave|industriel|moderne|vintage|bohème|contemporain|campagne chic",
-    "shopbrand": "Papétis|Croquivert|Maison Gourlande|Ronronax|Terrasud|Plumélia",
-    "motif": "étoiles|fleurs|rayures|animaux|feuilles tropicales|montagnes|mandala|chats",
-}
-
-# --- Neighbourhoods: codes, titles without a class word, additions to any title, sentences ------------------
-GROUPS = {
-    "books": ((10, 2705, 2280, 2403),
-        "{book}|{book} - {author}|{author} - {book}|{book} ({publisher})|{topic} - {publisher}",
-        "{format}|{publisher}|{genre}|{author}|{pages} pages|texte intégral|{topic}|{year}",
-        "L'ouvrage traite du thème suivant : {topic}.|Texte de {author}, illustrations de {author}.|Langue : "
-        "français, {pages} pages, format {format}.|Publication : {publisher}.|Une lecture agréable pour les "
-        "amateurs du genre {genre}.|Sommaire : {topic}, {topic}, {book}."),
-    "toys": ((1280, 1140, 1281, 1180, 1160, 1300, 1302, 1301, 1320),
-        "{series} {hero}|{toybrand} {series} réf. {ref}|{series} - {hero} {colour}|{toybrand} {hero} {num}",
-        "dès {age} ans|coloris {colour}|collection {series}|idée cadeau|{size}|en {material}|{hero}|"
-        "{toybrand}|cadeau pour enfant|réf. {ref}|série {t}",
-        "L'univers {series} plaît aux petits comme aux grands.|Convient aux enfants à partir de {age} ans.|"
-        "Une belle idée de cadeau pour un anniversaire ou pour Noël.|Dimensions : environ {size}.|Produit de "
-        "la gamme {toybrand}, en {material}, coloris {colour}.|Attention : ne convient pas aux enfants de "
-        "moins de 36 mois, petites pièces."),
-    "gaming": ((40, 2462, 60, 50, 2905),
-        "{game} {platform}|{game} - {edition} - {platform}|{gamebrand} {platform} {colour}|{platform} {game}",
-        "{edition}|{platform}|{game}|{gamebrand}|multijoueur|coloris {colour}|réf. {ref}|jeu et accessoire",
-        "Compatible avec {platform} et {platform}.|Rejoignez vos amis en ligne pour des parties endiablées.|"
-        "Plongez dans l'aventure de {game}.|Marque : {gamebrand}, référence {ref}.|Un incontournable pour "
-        "les joueurs sur {platform}.|Textes et voix en français, {edition}."),
-    "garden": ((2582, 2583, 2585),
-        "{gardenbrand} {ref} jardin {size}|{gardenbrand} extérieur en {material} {colour}|Accessoire de "
-        "jardin {gardenbrand} {size}|Kit {gardenbrand} {ref} pour l'extérieur",
-        "pour l'extérieur|{size}|coloris {colour}|en {material}|réf. {ref}|{gardenbrand}|{kg} kg|lot de {n}",
-        "Profitez de votre jardin ou de votre terrasse toute la belle saison.|Structure en {material}.|"
-        "Résiste aux intempéries, au gel et aux rayons UV.|Dimensions hors tout : {size}.|Montage facile, "
-        "notice et visserie fournies.|Poids : {kg} kg, coloris {colour}."),
-    "home": ((1560, 1920, 2060),
-        "{homebrand} {room} {style} {colour}|{homebrand} {ref} {size}|Collection {homebrand} {style} {size}|"
-        "{homebrand} maison motif {motif} {colour}",
-        "{size}|coloris {colour}|style {style}|{room}|en {material}|motif {motif}|{homebrand}|réf. {ref}",
-        "Une touche de style {style} pour votre intérieur.|Matière : {material}.|Couleur : {colour}.|"
-        "S'accorde avec tous les intérieurs : {room}, {room} ou {room}.|Dimensions : {size}.|La collection "
-        "{homebrand} associe élégance et confort.|Motif : {motif}, finition soignée."),
-    "shop": ((2522, 2220, 1940),
-        "{shopbrand} lot de {n} {colour}|{shopbrand} {ref} x {n}|Coffret {shopbrand} motif {motif}|"
-        "Assortiment {shopbrand} {num} pièces",
-        "lot de {n}|{shopbrand}|coloris {colour}|motif {motif}|{size}|réf. {ref}|{num} g|paquet de {n}",
-        "Contenu : {n} unités par lot.|Marque : {shopbrand}, qualité suivie.|Conditionnement : {num} g.|Un "
-        "petit plaisir du quotidien signé {shopbrand}.|Présentation soignée, motif {motif}."),
-}
-
-NEIGHBOURHOOD = {code: name for name, (codes, *_) in GROUPS.items() for code in codes}
-
-BOILERPLATE = """Expédition sous {n} jours ouvrés dans un emballage soigné.
-Satisfait ou remboursé pendant {day} jours, frais de retour à la charge de l'acheteur.
-N'hésitez pas à nous contacter pour toute question !
-Produit garanti {n} mois par le vendeur.
-Les photos ne sont pas contractuelles, la couleur peut varier selon votre écran.
-Paiement sécurisé et suivi du colis par e-mail.
-Frais de port réduits dès {n} articles achetés dans notre boutique.
-Notre service client vous répond du lundi au vendredi, de 9 h à 18 h.
-Merci de votre visite & à bientôt sur notre boutique.
-Vendeur professionnel depuis {newyear}, plus de {num} évaluations positives.
-Référence du vendeur : {ref}.
-Quantité limitée, commandez sans attendre !!!
-100% neuf ou reconditionné selon l'annonce, voir l'état indiqué ci-dessus.
-Livraison en point relais ou à domicile, numéro de suivi fourni.""".splitlines()
-
-# --- Classes: titles and sentences that only the class uses (some title templates serve two neighbours) ----
-CLASSES = {
-    10: ("{book} - {author}|{book} de {author} - {year}|{author} : {book} - occasion",
-        "Livre d'occasion, couverture légèrement usée.|Exemplaire déjà lu, tranche un peu jaunie, intérieur "
-        "propre.|Publié en {year}, ex-libris d'un ancien propriétaire en page de garde.|État correct, "
-        "quelques pages cornées."),
-    2705: ("{book} - {author}|{book} de {author} - {format}|{book}, tome {t} - {author} - nouveauté "
-        "{newyear}",
-        "Livre neuf, envoyé directement par la librairie.|Parution : {newyear}, première édition.|Dans ce "
-        "nouveau roman, {firstname} quitte sa ville natale et découvre un secret de famille.|Un guide clair "
-        "pour apprendre pas à pas, avec de nombreux exercices corrigés."),
-    2280: ("{mag} n° {num} du {date}|{mag} numéro {num} - {topic}|Journal ancien {mag} du {date}|Revue {mag} "
-        "n° {num}",
-        "Revue d'époque, numéro {num} du {date}.|Journal complet, pliures d'usage, papier jauni.|Au sommaire "
-        "de ce numéro : {topic}, {topic}.|Magazine de {pages} pages, agrafes un peu rouillées."),
-    2403: ("Lot de {n} livres {genre}|Lot de {n} {mag} - {year}|{book} - {author} - {n} volumes|{mag} - {n} "
-        "numéros",
-        "Lot de {n} livres vendus ensemble, non séparables.|Le lot comprend : {book}, {book} et {book}.|"
-        "Ensemble de {n} revues de l'année {year}.|Les {n} volumes sont d'occasion, état variable selon les "
-        "titres."),
-    1280: ("Jouet {hero} {toybrand}|Peluche {hero} {series} {size}|Figurine {hero} {toybrand}|Robot jouet "
-        "{series}",
-        "Ce jouet développe l'imagination et la motricité de l'enfant.|La peluche est douce et lavable à 30 "
-        "°C.|Fonctionne avec {n} piles AA (non fournies), sons et lumières.|Un compagnon de jeu pour "
-        "inventer des histoires."),
-    1140: ("Figurine {hero} {series} {cm} cm|Statuette {series} - {hero} - édition limitée|Porte-clés "
-        "{series} {hero}|T-shirt {series} {hero}",
-        "Figurine de collection vendue dans sa boîte à fenêtre.|Produit dérivé sous licence {series}, pièce "
-        "pour collectionneur.|Statuette en PVC, socle inclus, {cm} cm.|Mug, porte-clés ou figurine : tout "
-        "l'univers {series} pour les fans."),
-    1281: ("Jeu de société {series}|Jeu de plateau {series} - {hero}|Puzzle {num} pièces {series}|Jeu de "
-        "cartes {series}",
-        "Jeu de société pour {n} joueurs, partie d'environ {day} minutes.|La boîte contient un plateau, des "
-        "cartes, {n} pions et deux dés.|Règle du jeu simple à apprendre en famille.|Puzzle de {num} pièces "
-        "en carton."),
-    1180: ("Figurine {series} {hero} à peindre|Miniature {hero} {series} 28 mm|Starter {series} {n} "
-        "figurines|Armée {series} - {hero}",
-        "Miniatures à l'échelle 28 mm, livrées non peintes, à assembler.|Extension pour jeu de rôle : {n} "
-        "figurines et leurs socles.|Unité de {hero} pour votre armée {series}.|Dés et livret de règles pour "
-        "les batailles fantastiques."),
-    1160: ("Carte {series} {hero} n° {num}|{series} carte rare {hero} {t}/{num}|Booster {series}|Lot de {n} "
-        "cartes {series}",
-        "Carte à collectionner, numéro {num}, version française.|Booster scellé de {n} cartes.|Carte rare "
-        "brillante, état proche du neuf, sous pochette.|Complétez votre classeur avec la série {t}."),
-    1300: ("Drone {toybrand} {ref} caméra HD|Maquette {hero} échelle 1/{day}|Voiture télécommandée {series} "
-        "1/{n}|Batterie {w} mAh pour drone {ref}",
-        "Drone radiocommandé 2,4 GHz, autonomie de {n} minutes.|Maquette à monter et à peindre, échelle "
-        "1/{day}.|Moteur brushless, châssis en aluminium, pièce de rechange.|Modèle réduit fidèle, hélices "
-        "et batterie comprises."),
-    1302: ("Toboggan {toybrand} {size}|Ballon {series} {cm} cm|Jeu de plein air {series}|Trampoline "
-        "{toybrand} Ø {cm} cm",
-        "Jeu de plein air pour courir, sauter et lancer.|Balançoire et toboggan pour équiper le jardin des "
-        "enfants.|Ballon livré dégonflé, pompe fournie.|Tir à l'arc, cerf-volant ou trottinette : vive le "
-        "grand air."),
-    1301: ("T-shirt enfant {hero} {age} ans|Baby-foot {toybrand}|Jeu de fléchettes {toybrand}|Chaussettes "
-        "enfant {motif}",
-        "Vêtement pour enfant, taille {age} ans, 100 % coton.|Baby-foot de café avec {n} balles.|Cible de "
-        "fléchettes avec {n} fléchettes, comme au café.|Lavable en machine à 30 °C, col rond, manches "
-        "courtes."),
-    1320: ("Poussette {toybrand} {colour}|Biberon {toybrand} {num} ml|Gigoteuse bébé motif {motif}|Siège "
-        "auto {toybrand}",
-        "Indispensable pour bébé dès la naissance.|Tétine en silicone, sans BPA, biberon de {num} ml.|"
-        "Poussette pliable avec harnais à cinq points.|Tapis à langer, doudou et lit parapluie pour jeunes "
-        "parents."),
-    40: ("{game} - {platform}|Jeu {platform} {game}|{game} {platform} - {edition}|Jeu vidéo {game}",
-        "Jeu vidéo neuf sous blister pour {platform}.|Disque avec boîtier et notice en français.|Mode "
-        "histoire d'une durée de {day} heures et mode deux joueurs.|Classification : plus de {age} ans."),
-    2462: ("{game} - {platform} occasion|{game} {platform}|Console {platform} d'occasion|Lot de {n} jeux "
-        "{platform}",
-        "Jeu d'occasion testé, disque légèrement rayé.|Console d'occasion avec une manette et ses câbles.|"
-        "Boîtier abîmé, notice absente, fonctionne parfaitement.|Rétro : cartouche seule, sans boîte "
-        "d'origine."),
-    60: ("Console {platform} {num} Go|Pack console {platform} + {game}|Console portable {platform} {colour}|"
-        "Console rétro {gamebrand} {num} jeux",
-        "Console de jeux neuve, disque dur de {num} Go.|La console est livrée avec une manette et un câble "
-        "HDMI.|Écran portable de {t} pouces, batterie longue durée.|Console rétro avec {num} jeux "
-        "préinstallés."),
-    50: ("Manette {gamebrand} pour {platform}|Casque gaming {gamebrand} {ref}|Housse pour {platform}|Câble "
-        "et chargeur {platform} {gamebrand}",
-        "Manette sans fil avec double vibration.|Casque avec micro réglable pour entendre chaque pas de "
-        "l'adversaire.|Accessoire non officiel pour {platform}.|Câble de charge de {t} m, station d'accueil "
-        "pour deux manettes."),
-    2905: ("{game} - PC - jeu à télécharger|{game} {edition} téléchargement|Code {game} PC|{game} - PC",
-        "Jeu PC à télécharger : un code vous est envoyé par e-mail.|Version dématérialisée, aucune livraison "
-        "postale.|Configuration minimale : processeur {t} GHz, {n} Go de mémoire vive.|Activation en ligne "
-        "obligatoire."),
-    2582: ("Salon de jardin {gardenbrand} {n} places|Parasol {gardenbrand} {size}|Bain de soleil en "
-        "{material}|Table de jardin {size}",
-        "Salon de jardin avec table basse et {n} fauteuils.|Parasol déporté à manivelle, toile de {num} "
-        "g/m².|Chaise longue pliante pour la terrasse.|Coussins d'assise déhoussables, tonnelle et pergola "
-        "assorties."),
-    2583: ("Piscine {gardenbrand} {size}|Bâche de piscine {size}|Pompe filtrante {gardenbrand} {w} W|Robot "
-        "piscine {ref}",
-        "Piscine hors sol, liner bleu, échelle de sécurité.|Filtration à cartouche de {w} litres par heure.|"
-        "Bâche à bulles pour garder l'eau chaude et propre.|Chlore, épuisette et balai pour l'entretien du "
-        "bassin."),
-    2585: ("Taille-haie {gardenbrand} {w} W|Râteau {gardenbrand} manche {material}|Sécateur {ref}|Tuyau "
-        "d'arrosage {day} m",
-        "Outil de jardin à lame en acier trempé.|Moteur de {w} W pour tailler, scier et tondre.|Manche "
-        "ergonomique pour bêcher et ratisser sans effort.|Pièce de rechange pour tondeuse et tronçonneuse."),
-    1560: ("Canapé {n} places {homebrand} {colour}|Table basse {style} en {material}|Meuble de rangement "
-        "{room} {size}|Chaise {style} {colour}",
-        "Meuble en kit à monter soi-même.|Canapé convertible, assise en mousse.|Table avec plateau en "
-        "{material} et pieds en métal.|Armoire, matelas ou bureau : {n} tiroirs de rangement."),
-    1920: ("Housse de couette {motif} {size}|Parure de lit {homebrand} {size}|Serviette de bain {colour}|"
-        "Housse de coussin {motif} {size}",
-        "Linge de maison en coton, {num} fils/cm².|Parure de lit avec housse de couette et deux taies "
-        "d'oreiller.|Lavable à 60 °C, sèche-linge possible.|Rideau, nappe ou drap : un tissu doux et "
-        "résistant."),
-    2060: ("Tableau décoratif {motif} {size}|Vase {style} en {material}|Sticker mural {motif}|Coussin "
-        "décoratif {motif}",
-        "Décoration murale prête à accrocher.|Vase pour fleurs séchées, {day} cm de haut.|Guirlande et "
-        "bougie pour une ambiance chaleureuse.|Toile imprimée sur châssis, cadre en {material}."),
-    2522: ("Carnet {shopbrand} {pages} pages|Lot de {n} stylos {shopbrand}|Cahier motif {motif}|Trousse "
-        "{colour}",
-        "Carnet à spirale de {pages} pages lignées.|Stylo à encre gel, pointe fine de 0,7 mm.|Fournitures "
-        "scolaires pour la rentrée et le bureau.|Classeur, agenda et crayons de couleur."),
-    2220: ("Gamelle pour chien {shopbrand}|Jouet pour chat {motif}|Collier pour chien {colour}|Panier pour "
-        "chat {size}",
-        "Pour chiens et chats de toutes tailles.|Gamelle antidérapante en inox.|Os à mâcher qui aide à "
-        "nettoyer les dents de votre animal.|Laisse et harnais réglables, {cm} cm."),
-    1940: ("Bonbons {shopbrand} {num} g|Thé {shopbrand} {num} g|Confiture {shopbrand} {num} g|Café en grains "
-        "{num} g",
-        "Ingrédients : sucre, farine de blé, arômes naturels.|À conserver dans un endroit frais et sec.|"
-        "Bonbons tendres au goût de fruits.|Valeurs nutritionnelles pour 100 g : {num} kcal."),
-}
-
-# Nouns of the foreign rows: English, German.
-FOREIGN_NOUNS = {
-    10: ("used paperback", "gebrauchtes Buch"), 2705: ("new book", "neues Buch"),
-    2280: ("magazine", "Zeitschrift"), 2403: ("set of books", "Bücherpaket"),
-    1280: ("kids toy", "Kinderspielzeug"), 1140: ("figure", "Sammelfigur"),
-    1281: ("board game", "Brettspiel"), 1180: ("miniature", "Miniatur"),
-    1160: ("trading card", "Sammelkarte"), 1300: ("drone", "Modellbausatz"),
-    1302: ("outdoor game", "Gartenspiel"), 1301: ("kids shirt", "Kinderhemd"),
-    1320: ("baby stroller", "Kinderwagen"), 40: ("video game", "Videospiel"),
-    60: ("game console", "Spielkonsole"), 2462: ("used video game", "gebrauchtes Spiel"),
-    50: ("controller", "Controller"), 2905: ("PC download", "PC-Download"),
-    2582: ("garden chair", "Gartenstuhl"), 2583: ("swimming pool", "Schwimmbecken"),
-    2585: ("pruner", "Gartenschere"), 1560: ("sofa", "Sofa"), 1920: ("bed linen", "Bettwäsche"),
-    2060: ("wall picture", "Wandbild"), 2522: ("notebook", "Notizbuch"), 2220: ("dog bowl", "Hundenapf"),
-    1940: ("sweets", "Bonbons"),
-}
-# Per language: titles, additions to a title, sentences; @ stands for the noun.
-FOREIGN = {
-    "en": (
-        "@ {ref} {series}|{series} @ {size}|High quality @ - {num}",
-        "free shipping|{size}|model {ref}|gift idea|brand new|best price|size {letter}|{num} pcs",
-        "This @ is a great gift for family and friends.|Please allow 1-3 cm difference due to manual "
-        "measurement.|Package includes: {n} x @.|Size: {size}.|Model number: {ref}.|100% brand new and high "
-        "quality.|Colour may vary slightly because of the light.|If you have any question, please feel free "
-        "to contact us."),
-    "de": (
-        "@ {ref} {series}|{series} - @ - {size}|@ von {surname}",
-        "{size}|Modell {ref}|Geschenkidee|gute Qualität|schneller Versand|{num} Stück",
-        "Dieses Angebot: @ in guter Qualität.|Lieferumfang: {n} x @.|Größe: {size}.|Artikelnummer: {ref}.|"
-        "Der Versand erfolgt innerhalb von {n} Tagen.|Bei Fragen schreiben Sie uns bitte eine Nachricht."),
-}
-
-# --- Pictures: objects as lists of shapes in a square of 100 x 100 units, y downwards -----------------------
-# "r colour x0 y0 x1 y1 [radius]" rectangle, "e" ellipse (box), "p" polygon, "l colour width x y ..." line,
-# "i colour from to box" pie, "a colour width from to box" arc, "g colour n box" checkerboard of n x n.
-# A leading 1 or 2 marks an optional part: all parts with that digit are drawn, or none.
-# Colours: a b c random, d dark a, t light a, k black, h grey, w white, n wood, s skin, u water, y leaf.
-OBJECTS = {
-    "book": "p d 21 12 29 8 29 92 21 96;p w 29 92 80 92 76 96 21 96;r a 29 8 80 92 1;r w 36 17 73 23;r w 42 "
-        "27 67 30;1e b 38 40 71 72;2p c 55 42 72 74 37 74;r t 42 82 66 85",
-    "stack": "r a 14 76 88 92 2;r w 76 79 88 89;r b 20 60 84 76 2;r w 72 63 84 73;r c 12 46 80 60 2;r w 12 "
-        "49 22 57;r d 20 31 86 46 2;1r t 16 16 78 31 2;1r w 68 19 78 28;r w 24 82 50 85;r w 30 66 56 69;r w "
-        "34 51 60 54;r w 34 37 60 40",
-    "magazine": "p h 24 9 84 9 84 97 24 97;r w 20 5 80 94;r a 20 5 80 22;r w 26 10 72 18;r b 24 26 60 66;e s "
-        "34 32 50 50;p c 28 66 34 51 50 51 56 66;r k 64 28 76 30;r h 64 34 76 36;r k 64 42 76 44;r h 64 48 "
-        "76 50;r c 24 71 70 76;r h 24 80 62 82;1e c 58 74 78 92;2r h 24 86 54 88",
-    "notebook": "r a 24 8 82 94 4;r w 38 22 72 42 2;r h 42 27 68 29;r h 42 34 60 36;e h 18 14 30 19;e h 18 "
-        "26 30 31;e h 18 38 30 43;e h 18 50 30 55;e h 18 62 30 67;e h 18 74 30 79;e h 18 86 30 91;1r b 66 8 "
-        "72 94;2e c 44 54 66 76",
-    "pens": "r a 32 14 39 60;p n 32 14 39 14 35.5 4;r c 42 10 49 60;p s 42 10 49 10 45.5 0;r t 52 16 59 60;p "
-        "n 52 16 59 16 55.5 6;1r k 61 20 66 60;r b 27 50 71 96 3;r w 27 60 71 66;2e a 42 70 56 84",
-    "game_case": "1e h 56 26 98 68;1e w 74 44 80 50;r k 18 5 78 95 3;r a 23 7 77 94 2;r b 23 7 77 18;r w 30 "
-        "10 58 15;p c 28 84 50 34 72 84;e w 43 26 57 40;2p d 34 84 62 48 74 84;r w 60 86 74 91;r k 26 86 36 "
-        "91",
-    "console": "r k 6 36 94 66 5;r h 6 49 94 52;r d 14 40 56 45;e a 76 39 86 48;r w 14 56 30 60;r w 34 56 50 "
-        "60;1e a 30 70 48 92;1e a 56 70 74 92;1r a 38 72 66 86 4;1e w 36 76 42 82;1e c 62 76 68 82;2r c 60 "
-        "30 90 36",
-    "gamepad": "e a 3 34 44 90;e a 56 34 97 90;r a 20 30 80 68 14;r k 16 45 34 51;r k 22 39 28 57;e b 72 38 "
-        "79 45;e c 78 45 85 52;e w 72 52 79 59;e t 66 45 73 52;e k 32 54 46 68;e h 36 58 42 64;e k 54 54 68 "
-        "68;e h 58 58 64 64;r k 44 38 56 42 2;1l k 3 50 30 50 14 66 4",
-    "headset": "a a 8 180 360 14 8 86 96;r k 8 46 28 80 8;r k 72 46 92 80 8;r b 14 50 25 76 4;r b 75 50 86 "
-        "76 4;1l k 3 18 80 30 92 48 94;1e c 44 89 58 99;2l h 2 82 80 84 96 70 99",
-    "screen": "r k 6 10 94 74 4;r a 10 14 90 70;r t 10 14 90 22;p w 43 26 57 26 57 44 68 44 50 60 32 44 43 "
-        "44;r w 30 62 70 65;r h 44 74 56 86;r h 28 85 72 91 3;1e c 76 26 86 36;2r b 14 28 26 50",
-    "robot": "l k 3 50 14 50 3;e c 46 0 54 7;r h 14 42 27 70 5;r h 73 42 86 70 5;r a 29 40 71 74 6;r b 32 12 "
-        "68 38 6;e w 38 18 49 29;e w 51 18 62 29;e k 41 21 46 26;e k 54 21 59 26;r k 42 32 58 34;r d 33 74 "
-        "47 94 3;r d 53 74 67 94 3;e c 43 50 57 64;1r w 34 44 40 48;2r w 60 44 66 48",
-    "teddy": "e a 22 4 42 26;e a 58 4 78 26;e t 27 9 38 20;e t 62 9 73 20;e a 10 46 36 64;e a 64 46 90 64;e "
-        "d 22 78 48 98;e d 52 78 78 98;e a 27 44 73 92;e t 36 54 64 86;e a 25 8 75 52;e t 39 28 61 48;e k 36 "
-        "22 42 28;e k 58 22 64 28;e k 46 31 54 37;1p c 50 50 34 44 34 58;1p c 50 50 66 44 66 58;2r b 40 62 "
-        "60 68",
-    "figurine": "e k 20 84 80 98;e h 22 82 78 94;2p c 38 36 62 36 76 82 24 82;r d 37 62 48 88 2;r d 52 62 63 "
-        "88 2;p a 34 36 66 36 62 66 38 66;l a 7 36 40 22 60;l a 7 64 40 80 54;1l h 3 80 66 84 16;e s 18 56 "
-        "26 64;e s 76 50 84 58;e s 39 12 61 36;p b 37 24 41 7 59 7 63 24;e k 44 22 48 26;e k 52 22 56 26;r b "
-        "38 50 62 54",
-    "tshirt": "p a 30 14 42 11 50 17 58 11 70 14 94 34 82 48 72 39 72 92 28 92 28 39 18 48 6 34;p d 42 11 50 "
-        "17 58 11 50 23;1e b 38 38 62 62;2r c 34 66 66 71;1p w 50 41 58 58 42 58",
-    "dice": "p t 32 8 56 20 34 32 10 20;p a 10 20 34 32 34 62 10 50;p d 56 20 34 32 34 62 56 50;e w 28 17 38 "
-        "23;e w 14 30 19 36;e w 24 46 29 52;e w 43 37 48 43;p w 68 40 92 52 70 64 46 52;p h 46 52 70 64 70 "
-        "94 46 82;p w 92 52 70 64 70 94 92 82;e k 64 49 74 55;e k 51 62 56 68;e k 60 76 65 82;e k 79 68 84 "
-        "74;1e b 12 72 30 90",
-    "board": "r n 5 5 95 95 3;g a 6 12 12 88 88;e c 22 60 36 74;p c 29 48 38 74 20 74;e c 25 43 33 51;e b 62 "
-        "30 76 44;p b 69 18 78 44 60 44;e b 65 13 73 21;1r w 50 62 62 74 2;1e k 54 66 58 70;2r w 72 72 82 82 "
-        "2",
-    "cards": "p w 6 30 36 16 58 78 28 92;p a 11 33 34 22 46 54 23 65;p w 28 20 60 18 64 84 32 86;p b 32 24 "
-        "57 22 60 56 35 58;p w 56 16 90 28 68 92 36 80;p c 60 22 84 31 73 62 49 54;e t 60 34 73 47;r h 48 72 "
-        "60 74;1e w 40 32 52 46",
-    "drone": "l k 4 22 28 78 72;l k 4 78 28 22 72;e t 2 18 42 34;e t 58 18 98 34;e t 2 62 42 78;e t 58 62 98 "
-        "78;e k 18 23 26 30;e k 74 23 82 30;e k 18 67 26 74;e k 74 67 82 74;r a 34 36 66 66 12;e k 42 48 58 "
-        "64;e u 46 52 54 60;r c 44 40 56 44;1l k 2 30 80 30 92 40 92;2l k 2 70 80 70 92 60 92",
-    "car": "p a 4 66 8 52 26 48 38 30 68 30 82 48 94 54 96 66 92 72 8 72;p u 31 48 41 35 52 35 52 48;p u 56 "
-        "48 56 35 66 35 76 48;e k 14 58 36 80;e h 20 64 30 74;e k 64 58 86 80;e h 70 64 80 74;r c 90 56 96 "
-        "60;1r b 8 60 92 63;2l k 2 86 48 92 24",
-    "ball": "e a 8 8 92 92;i b 300 360 8 8 92 92;i w 60 120 8 8 92 92;i c 180 240 8 8 92 92;e w 42 42 58 58;"
-        "1e t 22 20 38 34",
-    "slide": "l n 4 16 94 26 14;l n 4 34 94 38 18;l n 3 19 80 35 80;l n 3 21 66 36 66;l n 3 23 52 37 52;l n "
-        "3 25 38 37 38;p a 26 20 44 18 74 72 98 84 98 92 68 84;p t 30 23 40 22 72 78 94 87 70 80;r b 24 8 44 "
-        "22 3;1e c 4 74 24 94",
-    "dartboard": "e k 6 6 94 94;e w 12 12 88 88;i a 0 36 12 12 88 88;i a 72 108 12 12 88 88;i a 144 180 12 "
-        "12 88 88;i a 216 252 12 12 88 88;i a 288 324 12 12 88 88;e b 34 34 66 66;e w 38 38 62 62;e c 44 44 "
-        "56 56;1l k 2 50 50 78 30;1p c 78 30 90 18 86 34;2l k 2 56 40 84 56;2p a 84 56 96 58 88 64",
-    "pram": "l k 3 26 82 66 54;l k 3 72 82 34 54;i a 180 290 12 8 84 88;p b 12 48 86 48 76 68 26 68;p d 12 "
-        "48 86 48 84 54 14 54;l h 4 86 48 96 28 100 28;e k 16 72 38 94;e w 22 78 32 88;e k 60 72 82 94;e w "
-        "66 78 76 88;1e c 40 54 50 64",
-    "bottle": "r w 32 34 68 96 10;r s 35 56 65 93 8;r a 29 26 71 38 3;p s 38 26 45 14 55 14 62 26;e s 44 6 "
-        "56 20;r h 54 48 65 49.5;r h 58 58 65 59.5;r h 54 68 65 69.5;r h 58 78 65 79.5;1e b 38 62 52 76",
-    "sofa": "r n 12 80 18 90;r n 82 80 88 90;r d 10 26 90 66 8;r a 4 42 21 82 6;r a 79 42 96 82 6;r a 21 30 "
-        "50 60 4;r a 50 30 79 60 4;r t 20 58 50 72 4;r t 50 58 80 72 4;r a 16 71 84 82 2;1r b 24 40 42 58 3;"
-        "2r c 60 40 77 58 3",
-    "table": "r n 14 46 20 92;r n 80 46 86 92;r n 28 46 32 80;r n 68 46 72 80;p n 18 30 82 30 96 44 4 44;r n "
-        "4 44 96 49;1r a 40 16 60 34 2;2e w 22 33 42 40;2r b 66 24 74 36 2",
-    "linen": "r a 12 70 88 92 9;r b 12 50 88 72 9;r c 12 30 88 52 9;r t 12 12 88 32 9;r d 12 79 84 81;r w 12 "
-        "60 84 62;r w 12 40 84 42;1r w 40 8 52 94;2r a 12 21 84 23",
-    "pillow": "p d 8 14 50 21 92 14 87 52 92 90 50 84 8 90 13 52;p a 12 18 50 24 88 18 84 50 88 84 50 79 12 "
-        "84 16 50;1e t 34 34 66 68;2p b 50 30 68 51 50 72 32 51",
-    "frame": "r n 8 8 92 92;r w 15 15 85 85;r t 22 22 78 78;p a 22 78 42 42 60 78;p d 46 78 64 50 78 72 78 "
-        "78;1e c 56 28 70 42;2e b 28 30 40 42",
-    "vase": "l y 2 50 40 34 12;l y 2 50 40 50 8;l y 2 50 40 66 14;e b 26 4 42 20;e c 42 0 58 16;e b 58 6 74 "
-        "22;e w 31 9 37 15;e w 47 5 53 11;e w 63 11 69 17;p a 40 36 60 36 56 46 74 64 66 94 34 94 26 64 44 "
-        "46;r t 29 62 71 68",
-    "parasol": "l h 3 50 16 50 92;r k 34 90 66 97 2;i a 180 360 3 10 97 86;i b 216 252 3 10 97 86;i b 288 "
-        "324 3 10 97 86;e c 47 6 53 12;1r n 62 74 92 78;1r n 66 78 69 94;1r n 85 78 88 94",
-    "lounger": "l n 4 4 70 70 70;l n 4 66 70 92 34;l n 3 12 70 12 88;l n 3 62 70 62 88;l n 3 84 48 84 88;p a "
-        "4 62 62 62 90 26 96 31 66 70 4 70;p b 78 36 90 22 97 28 85 44;1r c 8 58 30 63",
-    "pool": "e h 3 24 97 90;e w 3 20 97 80;e u 8 24 92 75;a w 1.5 200 320 22 38 48 54;a w 1.5 200 320 52 46 "
-        "80 64;l h 3 70 92 70 18 78 14;l h 3 84 88 84 14 78 14;l h 2 70 40 84 40;l h 2 70 58 84 58;1e c 22 "
-        "44 40 58;1e u 27 48 35 54;2r a 3 76 6 80",
-    "rake": "l n 4 50 2 50 74;r a 18 72 82 78 2;l k 3 21 78 21 96;l k 3 33 78 33 96;l k 3 44 78 44 96;l k 3 "
-        "56 78 56 96;l k 3 67 78 67 96;l k 3 79 78 79 96;1r b 47 4 53 24 2",
-    "shears": "p h 46 52 52 48 66 6 72 4 62 46 56 56;p h 54 52 48 48 34 6 28 4 38 46 44 56;l a 8 48 54 32 92;"
-        "l a 8 52 54 68 92;e k 45 45 55 55;1l b 3 36 76 64 76",
-    "bone": "l s 18 26 50 74 50;e s 8 28 34 52;e s 8 48 34 72;e s 66 28 92 52;e s 66 48 92 72;1r a 44 38 56 "
-        "62",
-    "bowl": "p a 12 46 88 46 98 84 2 84;e d 12 34 88 58;e n 18 38 82 55;e s 26 40 36 46;e s 44 42 54 48;e s "
-        "60 40 70 46;e s 36 46 46 52;e s 54 47 64 53;l w 7 40 70 60 70;e w 34 62 42 70;e w 34 69 42 77;e w "
-        "58 62 66 70;e w 58 69 66 77",
-    "jar": "r t 24 22 76 94 10;r a 27 40 73 91 8;r b 26 8 74 24 3;r w 32 50 68 78 2;e c 42 54 58 70;r k 38 "
-        "72 62 74;1r h 28 14 72 16",
-    "packet": "p a 24 14 76 14 82 94 18 94;r d 22 8 78 18;p h 22 8 26 4 30 8 34 4 38 8 42 4 46 8 50 4 54 8 "
-        "58 4 62 8 66 4 70 8 74 4 78 8;e w 30 34 70 66;e b 36 42 50 58;e c 48 42 62 58;r w 32 74 68 79;r w "
-        "38 83 62 86",
-    "parcel": "p n 10 34 54 44 54 94 10 78;p s 54 44 90 32 90 76 54 94;p n 10 34 46 22 90 32 54 44;p w 28 28 "
-        "36 26 76 36 70 39;1r w 20 56 38 66",
-}
-# Class -> its objects; the first is drawn in about two thirds of its own pictures, the rest share the others.
-CLASS_OBJECTS = {
-    10: ("book",), 2705: ("book",), 2280: ("magazine",), 2403: ("stack", "book", "magazine"),
-    2522: ("notebook", "pens"), 1280: ("robot", "teddy"), 1140: ("figurine", "teddy", "tshirt"),
-    1281: ("board", "dice", "cards"), 1180: ("figurine", "dice"), 1160: ("cards",), 1300: ("drone", "car"),
-    1302: ("slide", "ball"), 1301: ("tshirt", "dartboard"), 1320: ("pram", "bottle"),
-    40: ("game_case", "console"), 60: ("console", "gamepad"), 2462: ("game_case", "console", "gamepad"),
-    50: ("gamepad", "headset"), 2905: ("screen", "game_case"), 2582: ("parasol", "lounger", "table"),
-    2583: ("pool", "lounger"), 2585: ("rake", "shears"), 1560: ("sofa", "table"), 1920: ("linen", "pillow"),
-    2060: ("frame", "vase", "pillow"), 2220: ("bone", "bowl"), 1940: ("jar", "packet"),
-}
-FIXED_COLOURS = {"k": (44, 44, 50), "h": (150, 152, 158), "w": (246, 245, 240), "n": (160, 116, 72),
-                 "s": (232, 196, 160), "u": (70, 170, 214), "y": (84, 140, 70)}
-USED = (10, 2280, 2403, 2462)  # photographed at home more often
-HOME_BACKGROUND = {"plain": 0.25, "gradient": 0.15, "room": 0.60, "lawn": 0.0}
-LAWN_BACKGROUND = {"plain": 0.40, "gradient": 0.10, "room": 0.05, "lawn": 0.45}
-SHOP_BACKGROUND = {"plain": 0.60, "gradient": 0.25, "room": 0.12, "lawn": 0.03}
+# Shares of the backgrounds, for each scene that a class may name.
+SCENES = {"home": {"plain": 0.25, "gradient": 0.15, "room": 0.60, "lawn": 0.00},
+          "garden": {"plain": 0.40, "gradient": 0.10, "room": 0.05, "lawn": 0.45},
+          "shop": {"plain": 0.60, "gradient": 0.25, "room": 0.12, "lawn": 0.03}}
 
 
-# --- Text -------------------------------------------------------------------------------------------------
+# --- Words ----------------------------------------------------------------------------------------
+WORDS_FILE = Path(__file__).with_name("sample_words.toml")
+CLASSES_FILE = Path(__file__).with_name("rakuten_classes.csv")
+TABLES = ("numbers", "words", "groups", "classes", "boilerplate", "foreign", "colours", "objects")
+GROUP_KEYS = ("classes", "titles", "additions", "sentences")
+CLASS_KEYS = ("noun.en", "noun.de", "titles", "sentences", "objects", "scene")
+FOREIGN_KEYS = ("titles", "additions", "sentences")
+
+
+def load_classes() -> dict[int, tuple[int, int]]:
+    """Class -> (training rows, rows with a description) of the real data."""
+    with open(CLASSES_FILE, encoding="utf-8", newline="") as file:
+        return {int(row["prdtypecode"]): (int(row["train_rows"]), int(row["rows_with_description"]))
+                for row in csv.DictReader(file)}
+
+
+def load_words(path: Path) -> dict:
+    """The tables of sample_words.toml; ValueError names the first entry that is wrong."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path.name} is not written as TOML: {error}") from error
+    for faults in (missing_entries, wrong_kinds, wrong_names, wrong_classes, wrong_shapes):
+        for fault in faults(tables):  # each function relies on those before it
+            raise ValueError(f"{path.name}: {fault}")
+    return tables
+
+
+def missing_entries(tables: dict) -> Iterator[str]:
+    """What the generator reads and the tables lack."""
+    wanted = [*TABLES, "boilerplate.sentences", "objects.parcel"]
+    wanted += [f"groups.{name}.{key}" for name in tables.get("groups", ()) for key in GROUP_KEYS]
+    wanted += [f"classes.{code}.{key}" for code in load_classes() for key in CLASS_KEYS]
+    wanted += [f"foreign.{language}.{key}" for language in ("en", "de") for key in FOREIGN_KEYS]
+    for entry in wanted:
+        part, path = tables, entry.split(".")
+        for depth, key in enumerate(path, 1):
+            part = part.get(key) if isinstance(part, dict) else None
+            if part is None:
+                yield f"{'.'.join(path[:depth])} is missing"
+                break
+
+
+def leaves(tables: dict, above: str = "") -> Iterator[tuple[str, object]]:
+    """Every entry that is no table, with its dotted name."""
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{above}{key}.")
+        else:
+            yield above + key, value
+
+
+def wrong_kinds(tables: dict) -> Iterator[str]:
+    """Entries that are not a text, a list of texts or a list of whole numbers, as they should."""
+    for entry, value in leaves(tables):
+        kind = int if re.match(r"numbers\.|colours\.|groups\..*\.classes$", entry) else str
+        single = re.search(r"\.noun\.|\.scene$", entry)
+        items = [value] if single else value
+        if not isinstance(items, list) or {type(item) for item in items} != {kind}:
+            words = "texts" if kind is str else "whole numbers"
+            yield f"{entry} must be {'a text' if single else f'a list of {words}'}"
+        elif not all(str(item).strip() for item in items):
+            yield f"{entry} holds an empty text"
+    for name, value in tables["numbers"].items():
+        if len(value) != 2 or value[0] > value[1]:
+            yield f"numbers.{name} must be [smallest, largest]"
+
+
+def wrong_names(tables: dict) -> Iterator[str]:
+    """Texts with a {name} that nothing replaces, then words that are never replaced to the end."""
+    known = {f"{{{name}}}" for name in (*tables["numbers"], *tables["words"])}
+    for entry, value in leaves(tables):
+        for name in re.findall(r"\{\w*\}?|\}", str(value)):
+            if name not in known:
+                yield f"{entry} uses {name}, which is neither in [numbers] nor in [words]"
+    left = {name: re.findall(r"\{(\w+)\}", str(texts)) for name, texts in tables["words"].items()}
+    while ended := [name for name in left if not left.keys() & left[name]]:
+        for name in ended:
+            del left[name]
+    yield from (f"words.{name} leads to a word that holds itself" for name in left)
+
+
+def wrong_classes(tables: dict) -> Iterator[str]:
+    """Classes outside the 27 or not in one group, and rows with an unknown object or scene."""
+    codes = [str(code) for code in load_classes()]
+    listed = [str(code) for row in tables["groups"].values() for code in row["classes"]]
+    yield from (f"class {code} is not in {CLASSES_FILE.name}"
+                for code in (*listed, *tables["classes"]) if code not in codes)
+    yield from (f"class {code} must be listed in one of [groups], not in {listed.count(code)}"
+                for code in codes if listed.count(code) != 1)
+    yield from (f"groups.{name}.classes needs two classes or more"
+                for name, row in tables["groups"].items() if len(row["classes"]) < 2)
+    for code, row in tables["classes"].items():
+        for name in row["objects"]:
+            if name not in tables["objects"]:
+                yield f"classes.{code}.objects names {name!r}, which is not in [objects]"
+        if row["scene"] not in SCENES:
+            yield f"classes.{code}.scene is {row['scene']!r}; choose from: {', '.join(SCENES)}"
+
+
+def wrong_shapes(tables: dict) -> Iterator[str]:
+    """Shapes with an unknown kind or colour, or without numbers."""
+    letters = "|".join((*"abcdt", *tables["colours"]))
+    for name, shapes in tables["objects"].items():
+        for shape in shapes:
+            if not re.fullmatch(rf"[12]?[replaig] ({letters})( \d+(\.\d+)?)+", shape):
+                yield f"objects.{name} holds {shape!r}, which is no shape"
+
+
+LOADED = load_words(WORDS_FILE)
+NUMBERS, WORDS, GROUPS = LOADED["numbers"], LOADED["words"], LOADED["groups"]
+CLASSES = {int(code): row for code, row in LOADED["classes"].items()}
+NEIGHBOURHOOD = {code: name for name, row in GROUPS.items() for code in row["classes"]}
+BOILERPLATE = LOADED["boilerplate"]["sentences"]
+FOREIGN, OBJECTS = LOADED["foreign"], LOADED["objects"]
+FIXED_COLOURS = {letter: tuple(rgb) for letter, rgb in LOADED["colours"].items()}
+
+
+# --- Text -----------------------------------------------------------------------------------------
 @dataclass
 class Product:
-    """One row of the tables; `description` is "" where missing, `described` says whether it should be."""
+    """One row of the tables; `description` stays "" where `described` is False."""
     index: int
     code: int
     described: bool
@@ -513,7 +239,7 @@ def expand(template: str, rng: np.random.Generator) -> str:
         if name in NUMBERS:
             low, high = NUMBERS[name]
             return str(rng.integers(low, high + 1))
-        return expand(pick(rng, WORDS[name].split("|")), rng)
+        return expand(pick(rng, WORDS[name]), rng)
     return re.sub(r"\{(\w+)\}", fill, template)
 
 
@@ -534,23 +260,25 @@ def draw_language(rng: np.random.Generator) -> str:
     return "de" if rng.random() < P_GERMAN else "en"
 
 
-def foreign_templates(code: int, language: str) -> list[list[str]]:
+def foreign_templates(code: int, language: str) -> dict[str, list[str]]:
     """Titles, additions and sentences in English or German, with the noun of the class in place."""
-    noun = FOREIGN_NOUNS[code][("en", "de").index(language)]
-    return [text.replace("@", noun).split("|") for text in FOREIGN[language]]
+    noun = CLASSES[code]["noun"][language]
+    return {key: [text.replace("@", noun) for text in texts]
+            for key, texts in FOREIGN[language].items()}
 
 
 def make_title(code: int, language: str, rng: np.random.Generator) -> str:
     """A title: one template, then additions until a drawn length is reached."""
-    _, vague, extras, _ = GROUPS[group_of(code)]
-    titles = (vague if rng.random() < P_VAGUE_TITLE else CLASSES[code][0]).split("|")
-    extras = extras.split("|")
+    group = GROUPS[group_of(code)]
+    titles = (group if rng.random() < P_VAGUE_TITLE else CLASSES[code])["titles"]
+    additions = group["additions"]
     if language != "fr":
-        titles, extras, _ = foreign_templates(code, language)
+        foreign = foreign_templates(code, language)
+        titles, additions = foreign["titles"], foreign["additions"]
     target = draw_length(rng, TITLE_MEDIAN, TITLE_SPREAD, TITLE_MAX)
     title, separator = expand(pick(rng, titles), rng), pick(rng, (" - ", ", ", " ", " / "))
     while len(title.split()) < target:
-        title += separator + expand(pick(rng, extras), rng)
+        title += separator + expand(pick(rng, additions), rng)
     title = " ".join(title.split()[:TITLE_MAX])
     if rng.random() < P_CAPITALS:
         title = title.upper()
@@ -559,9 +287,9 @@ def make_title(code: int, language: str, rng: np.random.Generator) -> str:
 
 def sentence_pools(code: int, language: str, rng: np.random.Generator) -> list[list[str]]:
     """The lists of sentences a description draws from, the most telling first."""
-    own, neighbours = CLASSES[code][1].split("|"), GROUPS[group_of(code)][3].split("|")
     if language != "fr":
-        return [foreign_templates(code, language)[2]]
+        return [foreign_templates(code, language)["sentences"]]
+    own, neighbours = CLASSES[code]["sentences"], GROUPS[group_of(code)]["sentences"]
     draw = rng.random()
     if draw < P_BOILERPLATE:
         return [BOILERPLATE]
@@ -573,7 +301,8 @@ def sentence_pools(code: int, language: str, rng: np.random.Generator) -> list[l
 def make_description(code: int, language: str, rng: np.random.Generator) -> str:
     """A description with its markup, of a drawn length of at most MAX_WORDS words."""
     pools = sentence_pools(code, language, rng)
-    target = draw_length(rng, TEXT_MEDIAN, TEXT_SPREAD, MAX_WORDS - 30)  # room for the last sentence and tags
+    longest = MAX_WORDS - 30  # room for the last sentence and tags
+    target = draw_length(rng, TEXT_MEDIAN, TEXT_SPREAD, longest)
     sentences = [expand(pick(rng, pools[0]), rng)]
     words, used = len(sentences[0].split()), set()
     while words < target:
@@ -590,9 +319,15 @@ def make_description(code: int, language: str, rng: np.random.Generator) -> str:
 
 
 def encode(text: str, rng: np.random.Generator) -> str:
-    """The text with its accents as named entities; mostly, apostrophes and spaces before ":" and "!" too."""
+    """The text with its accents as named entities; mostly "'" and spaces before ":" and "!" too."""
     text = re.sub(r"&(?!\w+;)", "&amp;", text)
-    text = re.sub(r"[^\x00-\x7f]", lambda letter: f"&{html.entities.codepoint2name[ord(letter[0])]};", text)
+    names = html.entities.codepoint2name
+
+    def entity(letter: re.Match) -> str:
+        number = ord(letter[0])
+        return f"&{names.get(number, f'#{number}')};"
+
+    text = re.sub(r"[^\x00-\x7f]", entity, text)
     if rng.random() < 0.7:
         text = text.replace("'", "&#39;").replace(" :", "&nbsp;:").replace(" !", "&nbsp;!")
     return text
@@ -617,14 +352,7 @@ def mark_up(sentences: list[str], rng: np.random.Generator) -> str:
     return f"<b>{first}</b> <ul>{''.join(f'<li>{sentence}</li>' for sentence in rest)}</ul>"
 
 
-# --- Tables -----------------------------------------------------------------------------------------------
-def load_classes() -> dict[int, tuple[int, int]]:
-    """Class -> (training rows, rows with a description) of the real data, from the CSV beside this file."""
-    with open(Path(__file__).with_name("rakuten_classes.csv"), encoding="utf-8", newline="") as file:
-        return {int(row["prdtypecode"]): (int(row["train_rows"]), int(row["rows_with_description"]))
-                for row in csv.DictReader(file)}
-
-
+# --- Tables ---------------------------------------------------------------------------------------
 def class_counts(rows: int, minimum: int) -> dict[int, int]:
     """Rows per class: proportional to the real ones, `rows` in all, none below `minimum`."""
     real = {code: train for code, (train, _) in load_classes().items()}
@@ -632,7 +360,7 @@ def class_counts(rows: int, minimum: int) -> dict[int, int]:
         raise ValueError(f"rows={rows} is too few: {len(real)} classes need {minimum} each, "
                          f"so ask for at least {minimum * len(real)}.")
     counts: dict[int, int] = {}
-    while True:  # a class raised to the minimum leaves less for the others, which may push one more below it
+    while True:  # a class raised to the minimum leaves less for the others: one more may fall below
         free = {code: train for code, train in real.items() if code not in counts}
         scale = (rows - sum(counts.values())) / sum(free.values())
         small = [code for code, train in free.items() if train * scale < minimum]
@@ -648,7 +376,7 @@ def class_counts(rows: int, minimum: int) -> dict[int, int]:
 
 def plan_rows(rows: int, min_rows: int, min_described: int, first: int,
               rng: np.random.Generator) -> list[Product]:
-    """The products, shuffled, with class and whether described, numbered from `first`, still without text."""
+    """The products without their texts, shuffled and numbered from `first`."""
     planned = []
     for code, count in class_counts(rows, min_rows).items():
         train, with_text = load_classes()[code]
@@ -675,7 +403,7 @@ def add_texts(products: list[Product], seed: int) -> None:
 
 
 def copy_texts(products: list[Product], field: str, share: float, rng: np.random.Generator) -> None:
-    """Overwrite a share of the titles or descriptions by another product's, mostly one of the same class."""
+    """Overwrite a share of the titles or descriptions by another product's, mostly of the class."""
     having = [product for product in products if getattr(product, field)]
     order = rng.permutation(len(having))
     cut = round(share * len(having))
@@ -689,7 +417,7 @@ def copy_texts(products: list[Product], field: str, share: float, rng: np.random
 
 
 def add_numbers(products: list[Product], rng: np.random.Generator) -> None:
-    """Give every product its productid and imageid: unique, 7 to 10 digits, unrelated to the class."""
+    """Give every product its productid and imageid: unique, 7 to 10 digits, whatever the class."""
     digits = rng.integers(7, 11, 6 * len(products))
     numbers = np.unique(rng.integers(10 ** (digits - 1), 10 ** digits))
     numbers = rng.permutation(numbers)[:2 * len(products)].tolist()
@@ -709,8 +437,9 @@ def make_products(rows: int, test_rows: int, seed: int) -> tuple[list[Product], 
     return train, test
 
 
-# --- Pictures ---------------------------------------------------------------------------------------------
-def colour(rng: np.random.Generator, saturation: tuple = (0.35, 0.9), value: tuple = (0.45, 0.95)) -> tuple:
+# --- Pictures -------------------------------------------------------------------------------------
+def colour(rng: np.random.Generator, saturation: tuple = (0.35, 0.9),
+           value: tuple = (0.45, 0.95)) -> tuple:
     """A random (red, green, blue), 0 to 255."""
     rgb = colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value))
     return tuple(int(255 * part) for part in rgb)
@@ -729,9 +458,10 @@ def palette(rng: np.random.Generator) -> dict[str, tuple]:
 
 
 def draw_shape(draw: ImageDraw.ImageDraw, shape: str, colours: dict, unit: float) -> None:
-    """Draw one shape of the language described above OBJECTS; `unit` is pixels per unit."""
+    """Draw one shape, written as sample_words.toml says above [objects]; `unit` is in pixels."""
     kind, letter, *rest = shape.split()
-    values, fill, outline = [float(word) for word in rest], colours[letter], scaled(colours[letter], 0.72)
+    values = [float(word) for word in rest]
+    fill, outline = colours[letter], scaled(colours[letter], 0.72)
     options = 2 if kind in "ia" else 1 if kind in "lg" else 0
     options += kind == "a"
     box = [unit * value for value in values[options:]]
@@ -765,30 +495,34 @@ def draw_checkerboard(draw: ImageDraw.ImageDraw, box: list[float], count: int, f
 
 
 def draw_object(name: str, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    """The object on a transparent layer: drawn large and reduced to `size`, lit from one side, rotated."""
+    """The object on a transparent layer: drawn large, reduced to `size`, lit sideways, rotated."""
     side = 560
     layer = Image.new("RGBA", (side, side), (0, 0, 0, 0))
     draw, colours, optional = ImageDraw.Draw(layer), palette(rng), rng.random(2) < 0.5
-    for shape in OBJECTS[name].split(";"):
+    for shape in OBJECTS[name]:
         if shape[0] in "12" and not optional[int(shape[0]) - 1]:
             continue
         draw_shape(draw, shape.lstrip("12"), colours, side / 100)
     layer = layer.resize(size, Image.Resampling.BOX)
     row = np.linspace(*rng.permutation([185, 255]), size[0]).astype(np.uint8)[None]
     light = Image.fromarray(row).resize(size, Image.Resampling.NEAREST)
-    layer = ImageChops.multiply(layer, Image.merge("RGBA", (light, light, light, Image.new("L", size, 255))))
+    opaque = Image.new("L", size, 255)
+    layer = ImageChops.multiply(layer, Image.merge("RGBA", (light, light, light, opaque)))
     return layer.rotate(rng.normal(0, 9), Image.Resampling.BILINEAR, expand=True)
 
 
-def draw_background(size: tuple[int, int], shares: dict[str, float], rng: np.random.Generator) -> Image.Image:
+def draw_background(size: tuple[int, int], shares: dict[str, float],
+                    rng: np.random.Generator) -> Image.Image:
     """A photograph without its object: plain, gradient, room (wall and floor boards) or lawn."""
     width, height = size
     kind = str(rng.choice(list(shares), p=list(shares.values())))
-    wall = colour(rng, (0.05, 0.3), (0.6, 0.92)) if kind == "room" else colour(rng, (0.0, 0.12), (0.88, 1.0))
+    papered = ((0.05, 0.3), (0.6, 0.92)) if kind == "room" else ((0.0, 0.12), (0.88, 1.0))
+    wall = colour(rng, *papered)
     photo = np.full((height, width, 3), wall, np.uint8)
     horizon = int(height * rng.uniform(0.5, 0.72))
     if kind == "gradient":
-        photo[:] = np.linspace(wall, 0.3 * np.array(wall) + 0.7 * np.array(colour(rng)), height)[:, None]
+        bottom = 0.3 * np.array(wall) + 0.7 * np.array(colour(rng))
+        photo[:] = np.linspace(wall, bottom, height)[:, None]
     elif kind == "lawn":
         photo[:horizon] = np.array([188, 216, 236]) * rng.uniform(0.85, 1.05)
         grass = np.array([112, 158, 78]) * rng.uniform(0.75, 1.1)
@@ -796,7 +530,8 @@ def draw_background(size: tuple[int, int], shares: dict[str, float], rng: np.ran
         photo[horizon:] = blades.repeat(4, axis=1)[:, :width]
     elif kind == "room":
         floor = np.array(colour(rng, (0.25, 0.55), (0.35, 0.75)))
-        photo[horizon:] = floor * (1 + 0.05 * np.sin(np.arange(width) / rng.uniform(5, 14)))[:, None]
+        boards = np.sin(np.arange(width) / rng.uniform(5, 14))
+        photo[horizon:] = floor * (1 + 0.05 * boards)[:, None]
         photo[horizon:horizon + 6] = floor * 0.6
     return Image.fromarray(photo)
 
@@ -807,16 +542,9 @@ def choose_object(code: int, rng: np.random.Generator) -> str:
     if draw < P_PARCEL:
         return "parcel"
     if draw < P_PARCEL + P_NEIGHBOUR_PICTURE:
-        code = pick(rng, [other for other in GROUPS[group_of(code)][0] if other != code])
-    first, *others = CLASS_OBJECTS[code]
+        code = pick(rng, [other for other in GROUPS[group_of(code)]["classes"] if other != code])
+    first, *others = CLASSES[code]["objects"]
     return first if not others or rng.random() < 2 / 3 else pick(rng, others)
-
-
-def choose_background(code: int) -> dict[str, float]:
-    """The shares of backgrounds for a class."""
-    if code in USED:
-        return HOME_BACKGROUND
-    return LAWN_BACKGROUND if code in GROUPS["garden"][0] else SHOP_BACKGROUND
 
 
 def draw_picture(code: int, seed: int, index: int) -> Image.Image:
@@ -825,7 +553,7 @@ def draw_picture(code: int, seed: int, index: int) -> Image.Image:
     name = choose_object(code, rng)
     short = int(500 * rng.uniform(0.68, 0.92))
     size = (500, short) if rng.random() < 0.5 else (short, 500)
-    photo = draw_background(size, choose_background(code), rng)
+    photo = draw_background(size, SCENES[CLASSES[code]["scene"]], rng)
     side = short * rng.uniform(0.55, 0.88)
     layer = draw_object(name, (int(side * rng.uniform(0.85, 1.1)), int(side)), rng)
     left, top = ((whole - part) * rng.uniform(0.25, 0.75) for whole, part in zip(size, layer.size))
@@ -844,7 +572,7 @@ def draw_picture(code: int, seed: int, index: int) -> Image.Image:
     return picture
 
 
-# --- Files ------------------------------------------------------------------------------------------------
+# --- Files ----------------------------------------------------------------------------------------
 def draw_files(tasks: Iterable[tuple[str, int, int, int]]) -> None:
     """Draw and save one JPEG per task (file, class, seed, index)."""
     for file, code, seed, index in tasks:
@@ -852,12 +580,13 @@ def draw_files(tasks: Iterable[tuple[str, int, int, int]]) -> None:
 
 
 def draw_in_processes(tasks: Sequence[tuple[str, int, int, int]], workers: int) -> None:
-    """Draw the tasks in `workers` processes that run this file: needs no importable module and no fork."""
+    """Draw the tasks in `workers` processes that run this file: no module to import, no fork."""
     command = [sys.executable, str(Path(__file__).resolve()), "--draw-from-stdin"]
     processes = []
     try:
         for worker in range(workers):
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+                                       text=True)
             processes.append(process)
             process.stdin.write(json.dumps(tasks[worker::workers]))
             process.stdin.close()
@@ -873,7 +602,7 @@ def draw_in_processes(tasks: Sequence[tuple[str, int, int, int]], workers: int) 
 
 
 def write_table(path: Path, header: list[str], rows: Iterable[list]) -> None:
-    """Write a CSV with "\\n" line ends; an empty text stays an empty field, as in the real files."""
+    """Write a CSV with "\\n" line ends; an empty text is an empty field, as in the real files."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
@@ -886,10 +615,12 @@ def write_tables(folder: Path, train: list[Product], test: list[Product]) -> Non
     for name, products in (("X_train_update.csv", train), ("X_test_update.csv", test)):
         rows = ([p.index, p.title, p.description, p.productid, p.imageid] for p in products)
         write_table(folder / name, header, rows)
-    write_table(folder / "Y_train_CVw08PX.csv", ["", "prdtypecode"], ([p.index, p.code] for p in train))
+    labels = ([p.index, p.code] for p in train)
+    write_table(folder / "Y_train_CVw08PX.csv", ["", "prdtypecode"], labels)
 
 
-def write_pictures(folder: Path, train: list[Product], test: list[Product], seed: int, workers: int) -> None:
+def write_pictures(folder: Path, train: list[Product], test: list[Product], seed: int,
+                   workers: int) -> None:
     """Write images/image_train/ and images/image_test/."""
     tasks = []
     for name, products in (("image_train", train), ("image_test", test)):
@@ -904,10 +635,16 @@ def write_pictures(folder: Path, train: list[Product], test: list[Product], seed
         draw_files(tasks)
 
 
+def source_hash() -> str:
+    """sha256 of this file and sample_words.toml; a sample written with another one is stale."""
+    source = Path(__file__).read_bytes() + WORDS_FILE.read_bytes()
+    return hashlib.sha256(source).hexdigest()
+
+
 def describe_sample(rows: int, test_rows: int, seed: int) -> dict:
-    """The content of sample.json: a caller compares it to tell whether a written sample is current."""
-    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    return {"rows": rows, "test_rows": test_rows, "seed": seed, "version": VERSION, "source_sha256": source}
+    """The content of sample.json: what was asked for, and the source that made it."""
+    return {"rows": rows, "test_rows": test_rows, "seed": seed, "version": VERSION,
+            "source_sha256": source_hash()}
 
 
 def replace_folder(new: Path, folder: Path) -> None:
@@ -929,6 +666,7 @@ def write_catalogue(folder: Path, rows: int = 1800, test_rows: int = 120, seed: 
     if folder.exists() and any(folder.iterdir()) and not (folder / "sample.json").exists():
         raise ValueError(f"{folder} holds files that are not a generated sample: "
                          "name another folder, or empty it.")
+    facts = describe_sample(rows, test_rows, seed)  # an edit from here on makes the sample stale
     print(f"Writing a synthetic sample of {rows} + {test_rows} products to {folder.name}/ ...")
     train, test = make_products(rows, test_rows, seed)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -937,12 +675,13 @@ def write_catalogue(folder: Path, rows: int = 1800, test_rows: int = 120, seed: 
         partial.mkdir()
         write_tables(partial, train, test)
         write_pictures(partial, train, test, seed, workers)
-        facts = json.dumps(describe_sample(rows, test_rows, seed), indent=1)
-        (partial / "sample.json").write_text(facts + "\n", encoding="utf-8")
+        about = json.dumps(facts, indent=1)
+        (partial / "sample.json").write_text(about + "\n", encoding="utf-8")
         replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"Wrote {sum(1 for p in train if p.description)} descriptions and {rows + test_rows} pictures.")
+    described = sum(1 for p in train if p.description)
+    print(f"Wrote {described} descriptions and {rows + test_rows} pictures.")
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
-"""The sample: layout, class sizes, missing texts, duplicates, pictures, seeds, whole or not at all."""
+"""The sample: layout, words, class sizes, texts, pictures, seeds, whole or not at all."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,8 @@ def real():
 @pytest.fixture(scope="module")
 def full_size():
     """The products of the default size, without pictures: (train, test) frames."""
-    return [pd.DataFrame([vars(product) for product in part]) for part in sc.make_products(1800, 120, 0)]
+    parts = sc.make_products(1800, 120, 0)
+    return [pd.DataFrame([vars(product) for product in part]) for part in parts]
 
 
 @pytest.fixture
@@ -49,11 +51,12 @@ def quick(monkeypatch):
 
 
 def files_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
 
 
 def is_padded(pixels, tolerance=14):
-    """True if the first and last rows, or columns, are all white or all black, up to JPEG's rounding."""
+    """True if the outer rows, or columns, are all white or all black, up to JPEG's rounding."""
     for first, last in ((pixels[:15], pixels[-15:]), (pixels[:, :15], pixels[:, -15:])):
         band = np.concatenate([first.ravel(), last.ravel()]).astype(int)
         if (band >= 255 - tolerance).all() or (band <= tolerance).all():
@@ -81,6 +84,53 @@ def test_sample_json_says_what_was_written(folder):
     written = json.loads((folder / "sample.json").read_text())
     assert written == sc.describe_sample(ROWS, TEST_ROWS, 3)
     assert written["seed"] == 3 and written["rows"] == ROWS and len(written["source_sha256"]) == 64
+
+
+def test_the_hash_covers_the_generator_and_the_words(tmp_path, monkeypatch):
+    hashes = {sc.source_hash()}
+    for name, path in (("WORDS_FILE", sc.WORDS_FILE), ("__file__", Path(sc.__file__))):
+        edited = tmp_path / path.name
+        edited.write_bytes(path.read_bytes() + b"\n")
+        monkeypatch.setattr(sc, name, edited)
+        hashes.add(sc.source_hash())
+    assert len(hashes) == 3
+
+
+@pytest.mark.parametrize("old, new, fault", [
+    ("\n[colours]\n", "\n[couleurs]\n", "colours is missing"),
+    ("[classes.10]\n", "[classes.11]\n", "classes.10 is missing"),
+    ('scene = "home"\n\n[classes.2705]', "[classes.2705]", "classes.10.scene is missing"),
+    ('"{book} ({publisher})"', '"{boook}"', "groups.books.titles uses {boook}, which is neither"),
+    ('"{book} ({publisher})"', '"{book"', "groups.books.titles uses {book, which is neither"),
+    ('"used paperback"', '"used {thing}"', "classes.10.noun.en uses {thing}, which is neither"),
+    ('"Verdon"', '"{author}"', "words.surname leads to a word that holds itself"),
+    ('"Verdon"', '" "', "words.surname holds an empty text"),
+    ("num = [13, 980]", "num = [980, 13]", "numbers.num must be [smallest, largest]"),
+    ("num = [13, 980]", "num = [13, 98.0]", "numbers.num must be a list of whole numbers"),
+    ('objects = ["stack"', 'objects = ["stock"', "classes.2403.objects names 'stock', which"),
+    ('objects = ["cards"]', 'objects = "cards"', "classes.1160.objects must be a list of texts"),
+    ("classes = [40, ", "classes = [10, 40, ",
+     "class 10 must be listed in one of [groups], not in 2"),
+    ("classes = [40, ", "classes = [", "class 40 must be listed in one of [groups], not in 0"),
+    ("classes = [40, ", "classes = [41, 40, ", "class 41 is not in rakuten_classes.csv"),
+    ('scene = "home"\n\n[classes.2705]', 'scene = "beach"\n\n[classes.2705]',
+     "classes.10.scene is 'beach'; choose from: home, garden, shop"),
+    ('"e w 42 42 58 58"', '"z w 42 42 58 58"', "objects.ball holds 'z w 42 42 58 58', which is no"),
+    ('"e w 42 42 58 58"', '"e x 42 42 58 58"', "objects.ball holds 'e x 42 42 58 58', which is no"),
+    ("[numbers]\n", "[numbers\n", "sample_words.toml is not written as TOML"),
+])
+def test_a_wrong_entry_of_the_words_is_named(tmp_path, old, new, fault):
+    text = sc.WORDS_FILE.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    path = tmp_path / sc.WORDS_FILE.name
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(fault)):
+        sc.load_words(path)
+
+
+def test_a_letter_without_a_named_entity_is_written_by_its_number():
+    assert sc.encode("Škoda été", np.random.default_rng(0)) == "&Scaron;koda &eacute;t&eacute;"
+    assert sc.encode("Łódź", np.random.default_rng(0)) == "&#321;&oacute;d&#378;"
 
 
 def test_product_and_image_numbers_are_unique_with_7_to_10_digits(full_size):
@@ -150,7 +200,8 @@ def test_copies_come_mostly_from_the_same_class_and_never_from_afar(full_size):
 
 
 def test_texts_are_unique_apart_from_the_copies():
-    products = [sc.Product(index, code, True) for index, code in enumerate([10, 2705, 1160, 2522] * 400)]
+    codes = [10, 2705, 1160, 2522] * 400
+    products = [sc.Product(index, code, True) for index, code in enumerate(codes)]
     sc.add_texts(products, seed=1)
     assert len({product.title for product in products}) == len(products)
     assert len({product.description for product in products}) == len(products)
@@ -168,7 +219,8 @@ def test_html_entities_capitals_and_foreign_rows(full_size):
     train = full_size[0]
     texts = train.description[train.description != ""]
     assert 0.35 < texts.str.contains("<").mean() < 0.55
-    for part in ("<br />", "<b>", "<p>", "<ul><li>", "<div>", "&eacute;", "&#39;", "&amp;", "&nbsp;", "é"):
+    marks = ("<br />", "<b>", "<p>", "<ul><li>", "<div>")
+    for part in (*marks, "&eacute;", "&#39;", "&amp;", "&nbsp;", "é"):
         assert texts.str.contains(part, regex=False).any(), part
     assert 0.01 < train.title.str.contains(r"&\w+;").mean() < 0.06
     assert 0.05 < train.title.str.isupper().mean() < 0.2
@@ -179,15 +231,12 @@ def test_html_entities_capitals_and_foreign_rows(full_size):
 def test_templates_leave_no_gap(full_size):
     both = pd.concat(full_size)
     assert not (both.title + both.description).str.contains(r"[{}@|]").any()
-    shapes = [shape.lstrip("12").split() for shapes in sc.OBJECTS.values() for shape in shapes.split(";")]
-    assert {shape[1] for shape in shapes} <= set("abcdt") | set(sc.FIXED_COLOURS)
 
 
 def test_every_class_has_texts_and_objects(real):
-    codes = set(real.index)
-    assert codes == set(sc.CLASSES) == set(sc.CLASS_OBJECTS) == set(sc.FOREIGN_NOUNS)
-    assert sorted(codes) == sorted(code for members, *_ in sc.GROUPS.values() for code in members)
-    assert {name for names in sc.CLASS_OBJECTS.values() for name in names} | {"parcel"} == set(sc.OBJECTS)
+    assert set(real.index) == set(sc.CLASSES) == set(sc.NEIGHBOURHOOD)
+    shown = {name for row in sc.CLASSES.values() for name in row["objects"]}
+    assert shown | {"parcel"} == set(sc.OBJECTS)
 
 
 def test_each_modality_misses_some_products():
@@ -196,7 +245,7 @@ def test_each_modality_misses_some_products():
     assert np.mean([name == "parcel" for name in shown]) == pytest.approx(sc.P_PARCEL, abs=0.02)
     assert np.mean([name == "book" for name in shown]) < 0.97
     pools = [sc.sentence_pools(10, "fr", rng) for _ in range(2000)]
-    own = sc.CLASSES[10][1].split("|")
+    own = sc.CLASSES[10]["sentences"]
     clear = 1 - sc.P_BOILERPLATE - sc.P_VAGUE_DESCRIPTION
     assert np.mean([own in pool for pool in pools]) == pytest.approx(clear, abs=0.04)
 
