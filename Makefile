@@ -1,15 +1,26 @@
 # Everything runs in .venv, made by the first target that needs it. Paths are relative: the folder's name may hold spaces.
-PYTHON ?= python3.11
+# PYTHON makes .venv; without it the first of these that fits: python3.11 to python3.14, python3.
+PYTHON ?=
+# Two test processes (tests/conftest.py says what stays together); where memory is short:
+# make test PYTEST_ARGS=
+PYTEST_ARGS ?= -n 2
 PY := .venv/bin/python
+CODE := *.py engine commands tests data
 
 help: ## say what each target does
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 \t\2/p' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s  %s\n", $$1, $$2}' Makefile
 
 study: .venv/installed ## run the whole study on the bundled sample: both splits, tables, report
 	$(PY) run.py study
 
-test: .venv/installed .venv/ray-installed ## run all tests
-	$(PY) -m pytest
+test: lint .venv/ray-installed ## check the code, then run all tests, the committed notebooks too
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+quick: .venv/installed ## run the fast tests, without notebooks: under three minutes
+	$(PY) -m pytest tests -m "not slow" $(PYTEST_ARGS)
+
+lint: .venv/installed ## check the code with ruff
+	$(PY) -m ruff check $(CODE)
 
 bench: .venv/installed ## measure speed, about half an hour on 2 cores; writes figures/benchmark.csv and .png
 	$(PY) tests/benchmark.py
@@ -20,11 +31,13 @@ lab: .venv/installed ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks
 
 clean: ## remove what runs have made (the environment and Rakuten's files stay)
-	rm -rf runs data/sample data/cache data/cache.lock .pytest_cache __pycache__ tests/__pycache__ data/__pycache__
+	rm -rf runs data/sample data/cache data/cache.lock .pytest_cache .ruff_cache __pycache__ */__pycache__
 
+# An environment that is there is used as it is, with what was installed into it before: PyTorch's CPU build, say.
+# One whose Python is gone is made anew. `installed` comes last, so an interrupted installation is repeated.
 .venv/installed: requirements.txt constraints.txt
-	@command -v "$(PYTHON)" > /dev/null || { echo "Python 3.11 is needed and $(PYTHON) was not found: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	"$(PYTHON)" -m venv .venv
+	@$(MAKE_VENV)
+	@echo "Installing the requirements into .venv, which takes some minutes"
 	$(PY) -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
 	touch .venv/installed
 
@@ -32,4 +45,47 @@ clean: ## remove what runs have made (the environment and Rakuten's files stay)
 	$(PY) -m pip install --quiet --requirement requirements-ray.txt --constraint constraints.txt
 	touch .venv/ray-installed
 
-.PHONY: help study test bench ray lab clean
+ifneq ($(PYTHON),) # who names a Python does not get the one that .venv holds already
+.venv/installed: | same
+endif
+same:
+	@$(SAME_PYTHON)
+
+# What follows is sh. Each refusal is one sentence: what was found, what is needed, what to do.
+define PARTS
+needed="3.11 to 3.14 is needed"; other="make $(MAKECMDGOALS) PYTHON=/path/to/python3.12"; \
+again="remove the folder .venv and repeat the command"; \
+refuse() { echo "$$1" >&2; exit 1; }; \
+version() { "$$1" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2> /dev/null; }; \
+fits() { "$$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))'; };
+endef
+
+define SAME_PYTHON
+$(PARTS) \
+here=$$(version $(PY)) || exit 0; \
+asked=$$(version "$(PYTHON)") || asked="no Python that runs"; \
+[ "$$asked" = "$$here" ] || refuse "The folder .venv holds Python $$here, but $(PYTHON) is $$asked: leave PYTHON out, or first remove the folder .venv."
+endef
+
+define MAKE_VENV
+$(PARTS) \
+if here=$$(version $(PY)); then \
+	fits $(PY) || refuse "The folder .venv holds Python $$here, but $$needed: $$again."; \
+	$(PY) -m pip --version > /dev/null 2>&1 || $(PY) -m ensurepip > /dev/null 2>&1 || \
+		refuse "The folder .venv holds a Python without pip, but pip is needed: $$again."; \
+	exit 0; \
+fi; \
+seen=; set -- python3.11 python3.12 python3.13 python3.14 python3; [ -z "$(PYTHON)" ] || set -- "$(PYTHON)"; \
+for python; do \
+	found=$$(version "$$python") || continue; \
+	seen="$${seen:+$$seen, }$$python is Python $$found"; \
+	fits "$$python" || continue; \
+	"$$python" -c 'import ensurepip, venv' 2> /dev/null && { \
+		"$$python" -m venv --clear .venv && exit 0; rm -rf .venv; }; \
+	seen="$$seen, which cannot make .venv (on Debian and Ubuntu: apt install python$${found%.*}-venv)"; \
+done; \
+: "$${seen:=$(if $(PYTHON),$(PYTHON) is no Python that runs,No Python was found)}"; \
+refuse "$$seen, but 3.11 to 3.14 with ensurepip is needed: install one of these, or name one: $$other"
+endef
+
+.PHONY: help study test quick lint bench ray lab clean same
