@@ -1,0 +1,79 @@
+"""JSON, hashes, a file that appears only when it is whole, and the cache."""
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from filelock import FileLock
+
+from engine.runs import cache_folder, from_root
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's bytes, read once in a process unless its size or time changes."""
+    about = path.stat()
+    return _hash_bytes(path, about.st_size, about.st_mtime_ns)
+
+
+@cache
+def _hash_bytes(path: Path, size: int, mtime: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_source(source: str) -> str:
+    """The hash of a local folder's or file's contents; any other name, as of the hub, as it is."""
+    path = from_root(source)
+    if path.is_file():
+        return hash_file(path)
+    if not path.is_dir():
+        return source
+    files = (file for file in path.rglob("*") if file.is_file())
+    return hash_json({str(file.relative_to(path)): hash_file(file) for file in files})
+
+
+def hash_json(value: object) -> str:
+    """sha256 of a value's JSON form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict | None:
+    """The file's content; None if it is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: of bytes, of JSON
+        return None
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as indented JSON; a stop, or a full disk, leaves the old file."""
+    partial_path = path.with_name(f"{path.name}.partial")
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    partial_path.write_text(f"{text}\n", encoding="utf-8")
+    partial_path.replace(path)
+
+
+def cache_file(name: str, write: Callable[[Path], None]) -> Path:
+    """A file of the cache, made by `write(path)` if it is missing; it appears when it is whole."""
+    path = cache_folder() / name
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_name(f"{name}.partial")
+    with FileLock(path.parent.with_suffix(".lock")):  # stages side by side would all make it
+        try:
+            partial_path.unlink(missing_ok=True)  # what a kill left takes room
+            if not path.exists():
+                write(partial_path)
+                partial_path.rename(path)
+        finally:
+            partial_path.unlink(missing_ok=True)
+    return path
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,94 @@
+"""The key of a stage: the hash of its name, of the code that makes it and the settings that this
+code reads, of the contents that it is given, and of the keys of the stages that it reads.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+from engine import fingerprint
+from engine.files import hash_json
+from engine.runs import Run, runs_folder
+from engine.settings import SPEED_ONLY, StageInfo, stage_info
+
+MAKERS: dict[str, Callable[[Run, str, Path], dict]] = {}
+TOGETHER: set[str] = set()
+# While something is made: the recipes worked out at its beginning.
+_RECIPES: ContextVar[dict | None] = ContextVar("recipes", default=None)
+
+
+def makes(*kinds: str, together: bool = False) -> Callable:
+    """Mark `build(run, name, folder) -> metrics` as what makes the stages of these kinds.
+
+    One that several processes can do `together` is called in each of them.
+    """
+    def mark(build: Callable) -> Callable:
+        MAKERS.update(dict.fromkeys(kinds, build))
+        TOGETHER.update(kinds if together else ())
+        return build
+
+    return mark
+
+
+def kind_of(name: str) -> str:
+    """"fusion" of "fusion-concat-add"; another stage's name is its kind."""
+    return name if name in MAKERS else name.partition("-")[0]
+
+
+def info_of(run: Run, name: str) -> StageInfo:
+    """The notebook that makes a stage of this run, and the stages that it reads."""
+    return stage_info(name, run.profile.freeze_encoders)
+
+
+def recipe_of(run: Run, name: str) -> dict:
+    """All that decides what a stage contains: code, settings, contents, keys of what it reads."""
+    with one_look() as known:
+        if (run, name) not in known:
+            known[run, name] = _look_up_recipe(run, name)
+        return known[run, name]
+
+
+def _look_up_recipe(run: Run, name: str) -> dict:
+    code = fingerprint.code_of(MAKERS[kind_of(name)])
+    values = vars(run.profile) | {"split": run.split, "seed": run.seed}
+    return {
+        "stage": name,
+        "code": code.hash,
+        "settings": {key: values[key] for key in code.settings if key not in SPEED_ONLY},
+        "contents": {key: fingerprint.DIGESTS[key](run, name) for key in code.contents},
+        "reads": {other: key_of(run, other) for other in info_of(run, name).reads},
+    }
+
+
+def key_of(run: Run, name: str) -> str:
+    """The key of a stage of this run, whether it has been made or not."""
+    return hash_json(recipe_of(run, name))
+
+
+@contextmanager
+def one_look() -> Iterator[dict]:
+    """Within, recipes are worked out once: what stages are given is looked at once."""
+    token = _RECIPES.set({}) if _RECIPES.get() is None else None
+    try:
+        yield _RECIPES.get()
+    finally:
+        if token:
+            _RECIPES.reset(token)
+
+
+def folder_of(name: str, key: str) -> Path:
+    """Where the stage with this key lies."""
+    return runs_folder() / "stages" / f"{name}-{key[:8]}"
+
+
+def differences(wanted: dict, made: dict) -> list[str]:
+    """How a stage that has been made differs from a recipe, in words."""
+    found = [f"{key}={made['settings'][key]}" for key, value in wanted["settings"].items()
+             if made["settings"].get(key, value) != value]
+    found += ["other code"] if made["code"] != wanted["code"] else []
+    for part in ("contents", "reads"):
+        found += [f"another {key}" for key, value in wanted[part].items()
+                  if made[part].get(key) != value]
+    return found

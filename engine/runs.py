@@ -1,0 +1,119 @@
+"""A run: one profile on one split with one seed, its folder, and where folders lie."""
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine import settings
+from engine.settings import (
+    PROFILES,
+    PROTOCOL,
+    SPEED_ONLY,
+    SPLITS,
+    Profile,
+    make_profile,
+    one_of,
+    setting_names,
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One profile on one split with one seed: what every stage is made for."""
+    profile: Profile
+    split: str
+    seed: int
+
+    @property
+    def protocol(self) -> str:
+        """Which rows, how split, whether trained: `<rows>[-grouped][-limit<N>][-frozen]`."""
+        profile = self.profile
+        parts = [profile.rows]
+        parts += ["grouped"] if profile.grouped else []
+        parts += [f"limit{profile.limit}"] if profile.limit else []
+        parts += ["frozen"] if profile.freeze_encoders else []
+        return "-".join(parts)
+
+    @property
+    def changed(self) -> dict[str, object]:
+        """The settings that differ from the profile's."""
+        base = PROFILES[self.profile.name]
+        return {name: getattr(self.profile, name) for name in setting_names()
+                if getattr(self.profile, name) != getattr(base, name)}
+
+    @property
+    def told(self) -> list[str]:
+        """`<name>=<value>` of each changed setting that the protocol does not say; speed apart."""
+        return [f"{name}={value}" for name, value in self.changed.items()
+                if name not in (*PROTOCOL, *SPEED_ONLY)]
+
+    @property
+    def suffix(self) -> str:
+        """`+<name>=<value>` of each of `told`, as a part of a folder's name.
+
+        Where a value is no name for a folder, or there are many,
+        eight digits of their hash keep two runs apart.
+        """
+        exact = "".join(f"+{words}" for words in self.told)
+        parts = (re.sub(r"[^\w.=-]+", "-", words) for words in self.told)
+        readable = "".join(f"+{part}" for part in parts)[:80]
+        if readable == exact:
+            return exact
+        return f"{readable}~{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
+
+    @property
+    def folder(self) -> Path:
+        """`runs/<profile>/<protocol>/<split>/seed<k>[+<name>=<value>]`: what is this run's own."""
+        place = runs_folder() / self.profile.name / self.protocol / self.split
+        return place / f"seed{self.seed}{self.suffix}"
+
+    @property
+    def name(self) -> str:
+        rows = f"{self.profile.name}, {self.protocol} rows"
+        return ", ".join([rows, f"split {self.split}", f"seed {self.seed}", *self.told])
+
+    @property
+    def options(self) -> list[str]:
+        """What names this run on run.py's command line."""
+        words = ["--profile", self.profile.name, "--split", self.split, "--seed", str(self.seed)]
+        for name, value in self.changed.items():
+            words += ["--set", f"{name}={value}"]
+        return words
+
+    @property
+    def command(self) -> str:
+        """The command line that makes this run."""
+        return f"python run.py study {shlex.join(self.options)}"
+
+
+def open_run(profile: str, split: str, seed: int, changes: dict | None = None) -> Run:
+    """The run that a notebook's parameters name; ValueError if one of them is not allowed."""
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"seed must be a whole number from 0, got {seed!r}")
+    return Run(make_profile(profile, changes), one_of("split", split, SPLITS), seed)
+
+
+def runs_folder() -> Path:
+    """`runs`, or the folder that STUDY_RUNS names; ValueError if that is a file."""
+    return _folder("STUDY_RUNS", "runs")
+
+
+def cache_folder() -> Path:
+    """`data/cache`, or the folder that STUDY_CACHE names; ValueError if that is a file."""
+    return _folder("STUDY_CACHE", "data/cache")
+
+
+def _folder(variable: str, default: str) -> Path:
+    folder = from_root(os.environ.get(variable) or default)
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; name a folder in {variable}")
+    return folder
+
+
+def from_root(path: str) -> Path:
+    """A path as all parts of the study understand it: from the project's root."""
+    return settings.ROOT / Path(path).expanduser()
