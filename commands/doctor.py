@@ -1,0 +1,169 @@
+"""What a run needs: one list of checks, for `run.py doctor` and for `run.py study` alike.
+
+Each check is ok, a warning (a run can do without), or fatal. `study` asks the quick ones, and stops
+at the first fatal one before anything starts.
+"""
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+import rich.box
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from commands import costs
+from commands.inputs import (
+    Check,
+    check_catalogue,
+    check_counts,
+    check_networks,
+    check_pictures,
+    check_weights_here,
+    check_weights_on_hub,
+    decode_all,
+    decode_some,
+    fault,
+    judge,
+)
+from engine import settings
+from engine.files import read_json
+from engine.keys import folder_of
+from engine.progress import cores
+from engine.runs import Run, cache_folder, runs_folder
+from engine.settings import SPLITS
+
+# --- the machine and the libraries ----------------------------------------------------------------
+NPY_HEADER = 128  # bytes before the numbers in a NumPy file
+MEMORY_GB = {"sample": 4, "paper": 12}  # paper: an encoder in training, the features, the tables
+
+
+def check_disk(run: Run) -> list[Check]:
+    """Free space for stages and decoded pictures, against what both splits with this seed need."""
+    (networks,) = check_networks(run)
+    wrong = networks.found if networks.state == "fatal" else fault(costs.find_sizes, run.profile)
+    if wrong:
+        return [Check("disk", "warning", f"not computed: {wrong}", "correct this first")]
+    sizes = costs.find_sizes(run.profile)
+    table = costs.cost_table(run.profile, list(SPLITS), [run.seed], sizes)
+    pictures = costs.cache_gb(run.profile, sizes.rows)
+    places = {"runs": (runs_folder(), costs.disk_gb(table), stage_files(run)),
+              "data/cache": (cache_folder(), pictures, picture_files(run, sizes.rows))}
+    checks, needed_on = [], {}
+    for name, (folder, need, files) in places.items():
+        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        used = min(sum(path.stat().st_size for path in files) / 1e9, need)
+        disk = there.stat().st_dev
+        needed_on[disk] = needed_on.get(disk, 0) + need - used  # both may lie on the same one
+        free = shutil.disk_usage(there).free / 1e9
+        found = (f"{free:,.1f} GB free; both splits with one seed need {need:.1f} GB, {used:.1f} "
+                 "GB of it are used")
+        checks.append(judge(
+            f"disk, {name}", found, found * bool(free < needed_on[disk]),
+            "make room, name another folder in STUDY_RUNS, or use cache_pictures=False"))
+    return checks
+
+
+def stage_files(run: Run) -> list[Path]:
+    """The files of the stages on which this run stands, with either split."""
+    others = [dataclasses.replace(run, split=split).folder for split in SPLITS]
+    stages = [(read_json(folder / "stages.json") or {}).items() for folder in others]
+    folders = {folder_of(*stage) for pairs in stages for stage in pairs}
+    return [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+
+
+def picture_files(run: Run, rows: int) -> list[Path]:
+    """The files of decoded pictures that are as large as this run's."""
+    sizes = (run.profile.image_size, run.profile.region_size)
+    ours = {costs.cache_bytes(rows, size) + NPY_HEADER for size in sizes}
+    return [path for path in cache_folder().glob("pictures-*.npy") if path.stat().st_size in ours]
+
+
+def check_machine(run: Run) -> list[Check]:
+    """Memory, processor cores and GPUs."""
+    name, memory = run.profile.name, psutil.virtual_memory()
+    free, need = memory.available / 1e9, MEMORY_GB[name]
+    found = f"{free:.1f} of {memory.total / 1e9:.1f} GB free; profile {name} needs {need} GB"
+    checks = [judge("memory", found, found * (free < need),
+                    "close other programs, or use --set limit=300", "warning"),
+              Check("processor", "ok" if cores() > 1 else "warning", f"{cores()} cores")]
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    for i, gpu in enumerate(gpus):
+        kind = "bf16" if gpu.major >= 8 else "fp16, no bf16"
+        found = f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB, {kind}"
+        checks.append(Check(f"GPU {i}", "ok", found))
+    if not gpus:
+        slow = "none: fine-tuning base-size encoders on all rows would take weeks"
+        checks.append(judge(
+            "GPU", "none; the sample needs none", slow * (name != "sample"),
+            "for a small real run on a CPU: --set limit=300 --set freeze_encoders=True", "warning"))
+    return checks
+
+
+def check_versions(run: Run) -> list[Check]:
+    """Installed libraries beside the pins of requirements.txt."""
+    lines = (settings.ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.partition("#")[0].strip().split("==") for line in lines if "==" in line)
+    other = []
+    for name, pin in pins.items():
+        try:
+            installed = importlib.metadata.version(name).partition("+")[0]  # torch adds "+cpu"
+        except importlib.metadata.PackageNotFoundError:
+            installed = "not installed"
+        if installed != pin:
+            other.append(f"{name} {installed} instead of {pin}")
+    found = f"Python {platform.python_version()}, all {len(pins)} libraries as pinned"
+    todo = "pip install -r requirements.txt -c constraints.txt; numbers may differ otherwise"
+    return [judge("versions", found, "; ".join(other), todo, "warning")]
+
+
+# --- the list -------------------------------------------------------------------------------------
+# Quick checks decide in seconds whether a study can run: of its settings alone, or of its
+# catalogue too. The others are the doctor's.
+CHECKS = {
+    check_networks: "settings",
+    check_weights_here: "settings",
+    check_weights_on_hub: "doctor",
+    check_catalogue: "catalogue",
+    check_counts: "doctor",
+    check_pictures: "catalogue",
+    decode_some: "doctor",
+    check_disk: "doctor",
+    check_machine: "doctor",
+    check_versions: "doctor",
+}
+
+
+def check_up(run: Run, all_pictures: bool = False) -> list[Check]:
+    """All checks of a run."""
+    instead = {decode_some: decode_all} if all_pictures else {}
+    return [check for look in CHECKS for check in instead.get(look, look)(run)]
+
+
+def refuse_fatal(run: Run, needs_catalogue: bool = True) -> None:
+    """ValueError for the first of the quick checks that is fatal: what was found, what to do."""
+    for look, kind in CHECKS.items():
+        if kind == "doctor" or (kind == "catalogue" and not needs_catalogue):
+            continue
+        for check in look(run):
+            if check.state == "fatal":
+                raise ValueError("; ".join(filter(None, (check.found, check.todo))))
+
+
+def print_checks(console: Console, checks: Iterable[Check]) -> None:
+    """The checks as a table, one row each."""
+    table = Table("check", "state", box=rich.box.SIMPLE)
+    for column in ("found", "what to do"):
+        table.add_column(column, overflow="fold")  # names of files are never cut
+    colours = {"ok": "green", "warning": "yellow", "fatal": "red"}
+    for check in checks:
+        words = map(escape, (check.found, check.todo))
+        table.add_row(check.name, f"[{colours[check.state]}]{check.state}[/]", *words)
+    console.print(table)

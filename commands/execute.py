@@ -1,0 +1,230 @@
+"""Notebooks through papermill, and stages in processes of their own: one loop over futures."""
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+
+from commands.plan import Job, Step, step_key
+from engine.files import write_json
+from engine.progress import cores
+
+LOG_SECONDS = 15  # a log gets a line so often, a terminal one line that moves
+# A kernel's first: what it is told by the environment, and which process it is. Each has its own.
+FIRST_LINE = ("import os; os.environ.update({given!r}); "
+              "open({path!r}, 'a').write('{{\"pid\": %d}}\\n' % os.getpid()); del os")
+
+
+class StepFailed(Exception):
+    """A notebook or a stage that ended with an error; the text says where."""
+
+
+def run_graph(graph: dict, submit: Callable[[object], Future],
+              tell: Callable[[object, object], None], look: Callable[[], None] = bool) -> None:
+    """`submit` each thing of the graph once those it waits for are done, and `tell` its result.
+
+    The first error ends it: nothing more is started, and what runs goes on to its end.
+    """
+    order, running = TopologicalSorter(graph), {}
+    order.prepare()
+    while order.is_active():
+        running |= {submit(thing): thing for thing in order.get_ready()}
+        ended, _ = concurrent.futures.wait(running, 0.5, "FIRST_COMPLETED")
+        look()
+        for future in ended:
+            thing = running.pop(future)
+            tell(thing, future.result())
+            order.done(thing)
+
+
+# --- notebooks ------------------------------------------------------------------------------------
+class Board:
+    """What the notebooks that are being executed say, as one line that moves or lines of a log."""
+
+    def __init__(self, console: Console):
+        self.console, self.events, self.peaks = console, {}, {}
+        self.last = time.monotonic()
+
+    def look(self, status) -> None:
+        """Read what has been added to each notebook's file of events, and show it."""
+        texts = []
+        for label, (lines, events) in list(self.events.items()):
+            events += map(json.loads, lines)
+            memory = sum(memory_of(event["pid"]) for event in events if "pid" in event)
+            self.peaks[label] = max(self.peaks.get(label, 0), memory)
+            said = [event["text"] for event in events if "text" in event]
+            texts += [f"{label}  {said[-1]}"] if said else []
+        status.update("   ".join(texts) or "starting")
+        if not self.console.is_terminal and time.monotonic() - self.last > LOG_SECONDS:
+            self.last = time.monotonic()
+            for text in texts:
+                self.console.print(f"        {text}", highlight=False)
+
+
+def execute(steps: dict[Step, list[Step]], labels: dict[Step, str], at_a_time: int,
+            console: Console) -> None:
+    """Execute notebooks, some at a time, each in a kernel of its own; StepFailed names the cell."""
+    board = Board(console)
+    share = str(max(1, cores() // at_a_time))
+
+    def tell(step: Step, result: dict) -> None:
+        console.print(f"{labels[step]}  {result['seconds']:.0f} s, peak "
+                      f"{result['peak_memory_gb']:.1f} GB", highlight=False)
+
+    with console.status("starting") as status, ThreadPoolExecutor(at_a_time) as pool:
+        def submit(step: Step) -> Future:
+            key = step_key(step)  # before it runs: an edit meanwhile is seen
+            return pool.submit(execute_one, step, key, labels[step], share, board)
+
+        try:
+            run_graph(steps, submit, tell, lambda: board.look(status))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def execute_one(step: Step, key: str, label: str, share: str, board: Board) -> dict:
+    """Execute one notebook; its manifest: {key, seconds, peak_memory_gb, stages: {name: key}}."""
+    import papermill
+
+    step.output.parent.mkdir(parents=True, exist_ok=True)
+    step.manifest.unlink(missing_ok=True)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "events"
+        path.touch()
+        with path.open(encoding="utf-8") as lines:
+            board.events[label] = (lines, events := [])
+            given = {"STUDY_EVENTS": str(path), "STUDY_CORES": share, "OMP_NUM_THREADS": share}
+            first = FIRST_LINE.format(given=given, path=str(path))
+            try:
+                papermill.execute_notebook(
+                    step.source, step.output, step.parameters, cwd=step.source.parent,
+                    progress_bar=False, extra_arguments=[
+                        "--IPKernelApp.log_level=40", f"--IPKernelApp.exec_lines={first}"])
+            except Exception as error:
+                raise StepFailed(describe_failure(step, error)) from error
+            finally:
+                del board.events[label]
+            events += map(json.loads, lines)
+    made = {event["stage"]: event["key"] for event in events if "stage" in event}
+    result = {"key": key, "seconds": round(time.perf_counter() - start, 1),
+              "peak_memory_gb": round(board.peaks.get(label, 0) / 1e9, 2), "stages": made}
+    write_json(step.manifest, result)
+    return result
+
+
+def memory_of(pid: int) -> int:
+    """Resident memory of a process and of all below it, in bytes."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        family = [process, *process.children(recursive=True)]
+        return sum(member.memory_info().rss for member in family)
+    return 0
+
+
+def describe_failure(step: Step, error: Exception) -> str:
+    """Which notebook, which cell, what it says, and where the executed notebook is."""
+    where, what = "", f"{type(error).__name__}: {error}"
+    if hasattr(error, "exec_count"):  # papermill's
+        where, what = f" in cell [{error.exec_count}]", f"{error.ename}: {error.evalue}"
+    return f"{step} failed{where}\n  {what}\n  executed notebook: {step.output}"
+
+
+# --- stages ---------------------------------------------------------------------------------------
+def make_stages(graph: dict[Job, list[Job]], workers: int, on: str, console: Console) -> None:
+    """Make stages in processes of their own, on this machine or on a Ray cluster.
+
+    StepFailed says what went wrong.
+    """
+    def tell(job: Job, result: tuple[float, str]) -> None:
+        seconds, failure = result
+        if failure:
+            raise StepFailed(failure)
+        console.print(f"        {job}  {seconds:.0f} s", highlight=False)
+
+    with (on_ray() if on == "ray" else side_by_side(workers)) as submit:
+        run_graph(graph, submit, tell)
+
+
+@contextlib.contextmanager
+def side_by_side(workers: int):
+    """Gives `submit(job)`: jobs on this machine, `workers` at a time, one GPU each."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    gpus = [name for name in visible if name] or list(map(str, range(torch.cuda.device_count())))
+    share, free = str(max(1, cores() // workers)), list(range(workers))
+
+    def make(job: Job) -> tuple[float, str]:
+        worker = free.pop()
+        gpu = {"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)]} if gpus else {}
+        try:
+            return run_job(job, {"OMP_NUM_THREADS": share, **os.environ, "STUDY_CORES": share,
+                                 **gpu})
+        finally:
+            free.append(worker)
+
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield lambda job: pool.submit(make, job)
+    except BaseException as error:
+        print(f"{str(error) or 'stopped'}\nno other stage is started; those that run go on to "
+              "their end", file=sys.stderr)
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+@contextlib.contextmanager
+def on_ray():
+    """Gives `submit(job)`: jobs on the Ray cluster of RAY_ADDRESS, or on one that Ray starts here.
+
+    Its machines share this project's folder and the runs folder. Ray decides what runs where.
+    """
+    try:
+        import ray  # an extra: requirements-ray.txt
+    except ImportError as error:
+        raise ValueError("--on ray needs Ray: `make ray` installs it") from error
+    ray.init(log_to_driver=False, configure_logging=False)
+    prefixes = ("STUDY_", "RAKUTEN_", "HF_", "TORCH_HOME", "XDG_CACHE_HOME", "OMP_NUM_THREADS")
+    ours = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+    gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
+    share = max(1, cpus // gpus) if gpus else 1  # cores beside each GPU
+
+    @ray.remote(max_retries=0, num_cpus=share)
+    def make(job: Job) -> tuple[float, str]:
+        return run_job(job, {**os.environ, **ours, "STUDY_CORES": str(share)})
+
+    def submit(job: Job) -> Future:
+        on_gpu = gpus and job.name not in ("splits", "text", "baselines")
+        return make.options(num_gpus=1 if on_gpu else 0).remote(job).future()
+
+    try:
+        yield submit
+    finally:
+        ray.shutdown()
+
+
+def run_job(job: Job, environment: dict[str, str]) -> tuple[float, str]:
+    """Run the job's command to its end: its seconds, and what went wrong, "" if nothing did."""
+    start = time.perf_counter()
+    ended = subprocess.run(job.command, env={**environment, "STUDY_PARENT": str(os.getpid())},
+                           text=True, capture_output=True)
+    seconds = time.perf_counter() - start
+    if not ended.returncode:
+        return seconds, ""
+    last = ended.stderr.splitlines()[-20:]
+    return seconds, "\n  ".join([f"{job} failed, exit code {ended.returncode}", *last])

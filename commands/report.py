@@ -1,0 +1,137 @@
+"""The result tables, the report's page, and what of the default run stands in the repository."""
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import jinja2
+import nbformat
+import pandas as pd
+import rich.box
+from nbconvert import HTMLExporter
+from rich.console import Console
+from rich.table import Table
+
+import helpers as h
+from commands.plan import Step, make_plan, runs_of, state
+from engine import settings
+from engine.files import read_json
+from engine.runs import runs_folder
+
+
+def read_tables(plan: list[Step]) -> list[tuple[str, pd.DataFrame | None]]:
+    """(title, table) of Tables I to V for each seed, of exactly these runs and from checked files;
+    None where a split has not been scored.
+    """
+    tables = []
+    for seed in sorted({step.run.seed for step in plan}):
+        for number, split in h.TABLES.items():
+            run = h.Run(plan[0].run.profile, split, seed)
+            title = f"Table {number}, split {split}, seed {seed}"
+            try:
+                path = h.read_stage(run, "scores") / f"table_{number}.csv"
+                tables.append((title, pd.read_csv(path)))
+            except FileNotFoundError:
+                tables.append((f"{title}: not scored yet; run `{run.command}`", None))
+    return tables
+
+
+def print_tables(plan: list[Step], console: Console) -> None:
+    """The result tables on the console."""
+    note = h.data_note(plan[0].run)
+    for title, table in read_tables(plan):
+        if table is None:
+            console.print(title, highlight=False, soft_wrap=True)
+            continue
+        shown = Table(title=f"{title}. {note}", title_justify="left", box=rich.box.SIMPLE)
+        readable = h.readable_table(table)
+        for column in readable:
+            shown.add_column(column, justify="left" if column == "model" else "right")
+        for row in readable.itertuples(index=False):
+            shown.add_row(*map(str, row))
+        console.print(shown)
+
+
+REPORT = jinja2.Template("""<!doctype html><html lang="en"><meta charset="utf-8">
+<title>{{ title }}</title><style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
+  color: #222 }
+table { border-collapse: collapse; margin: .5rem 0 2rem }
+th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left } thead { border-bottom: 2px solid #222 }
+tbody tr { border-bottom: 1px solid #ddd } img { max-width: 100% } figure { margin: 2rem 0 }
+figcaption { color: #666 }
+</style><h1>{{ title }}</h1><p>{{ note }}</p>
+{% for heading, table in tables %}<h2>{{ heading }}</h2>{{ table }}{% endfor %}
+<h2>Notebooks</h2>{{ steps }}
+<h2>Figures</h2>{% for name, path in figures %}<figure><img src="{{ path }}" alt="{{ name }}">
+<figcaption>{{ name }}</figcaption></figure>{% endfor %}</html>
+""")
+
+
+def write_report(plan: list[Step]) -> Path:
+    """Tables, notebooks with minutes and memory, figures, as one page.
+
+    Returns `runs/<profile>/<protocol>/report[+<name>=<value>]/index.html`.
+    """
+    run = plan[0].run
+    folder = runs_folder() / run.profile.name / run.protocol / f"report{run.suffix}"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [_row_of(step, folder) for step in plan]
+    pictures = []
+    for each in runs_of(plan):
+        for path in sorted(each.folder.glob("figures/*.png")):
+            name = f"{path.stem}, split {each.split}, seed {each.seed}"
+            pictures.append((name, os.path.relpath(path, folder)))
+    tables = []
+    for title, table in read_tables(plan):
+        page = "" if table is None else h.readable_table(table).to_html(index=False, border=0)
+        tables.append((title, page))
+    text = REPORT.render(
+        title=", ".join(["Hierarchical fusion", f"profile {run.profile.name}",
+                         f"{run.protocol} rows", *run.told]),
+        note=h.data_note(run), tables=tables, figures=pictures,
+        steps=pd.DataFrame(rows).to_html(index=False, border=0, escape=False))
+    (folder / "index.html").write_text(text, encoding="utf-8")
+    return folder / "index.html"
+
+
+def _row_of(step: Step, folder: Path) -> dict:
+    """What the report says of a notebook; its page is written where it is older than it."""
+    done, link = read_json(step.manifest) or {}, step.notebook
+    if step.output.exists():
+        page = folder / f"{step.notebook}-{step.run.split}-seed{step.run.seed}.html"
+        if not page.exists() or page.stat().st_mtime < step.output.stat().st_mtime:
+            text, _ = HTMLExporter().from_filename(str(step.output))
+            page.write_text(text, encoding="utf-8")
+        link = f'<a href="{page.name}">{step.notebook}</a>'
+    return {"notebook": link, "split": step.run.split, "seed": step.run.seed, "state": state(step),
+            "minutes": round(done["seconds"] / 60, 1) if done else "",
+            "peak memory (GB)": done.get("peak_memory_gb", "")}
+
+
+def publish() -> None:
+    """Copy the default run's executed notebooks and figures into the repository."""
+    plan = make_plan("sample", ["90-10"], [0], {})
+    for step in plan:
+        if state(step) != "done":
+            raise ValueError(f"{step} is {state(step)}; run `python run.py study` first")
+    for step in plan:
+        nbformat.write(_without_traces(nbformat.read(step.output, as_version=4)), step.source)
+    figures = settings.ROOT / "figures"
+    for old in figures.glob("[0-9][0-9]_*"):  # not the benchmark's
+        old.unlink()
+    shutil.copytree(plan[0].run.folder / "figures", figures, dirs_exist_ok=True)
+
+
+def _without_traces(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A notebook without what says when and by whom it was executed."""
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    book.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    for cell in book.cells:
+        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        if cell.cell_type == "code":  # a finished progress line is an empty output
+            cell.outputs = [output for output in cell.outputs
+                            if output.get("data", {}).get("text/markdown") != ""]
+    return book

@@ -1,0 +1,48 @@
+"""The challenge's file: the unlabelled products, predicted."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+import helpers as h
+from engine.catalogue import (
+    LAYOUTS,
+    catalogue_folder,
+    check_pictures,
+    find_layout,
+    load_classes,
+    load_test_products,
+    test_table,
+)
+from engine.keys import folder_of, key_of
+from engine.runs import Run
+from engine.stages import is_whole
+
+
+def has_fusion(run: Run, variant: h.Variant) -> bool:
+    """Whether the run has this fusion, trained."""
+    name = f"fusion-{variant.name}"
+    return is_whole(folder_of(name, key_of(run, name)))
+
+
+def write_submission(run: Run, variant: h.Variant) -> Path:
+    """Predict the challenge's unlabelled products; the path of the file to submit.
+
+    ENS: comma-separated, header `,prdtypecode`; SIGIR: tab-separated, header `Integer_id`,
+    `Prdtypecode`. The first column is the test table's index.
+    """
+    folder = catalogue_folder(run)
+    layout, products = LAYOUTS[find_layout(folder)], load_test_products(folder)
+    check_pictures(products, "unpack those of the unlabelled products there")
+    labels = h.predict_products(run, products, variant).argmax(-1).numpy()
+    codes = load_classes()["prdtypecode"].to_numpy()[labels]
+    table = pd.DataFrame({layout["label"]: codes}, index=products.index)
+    name = Path(test_table(folder))
+    path = run.folder / "submissions" / variant.name
+    path = path / f"y{name.stem[1:]}_pred{name.suffix}"  # SIGIR's naming
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    table.to_csv(partial, sep=layout["separator"])
+    partial.rename(path)
+    return path
