@@ -1,6 +1,12 @@
-"""What the unit tests share: a catalogue of 60 invented products in both public layouts, and a run on it."""
+"""What the unit tests share: 60 invented products in both public layouts, a run on them, and stages
+with a content of the test's own.
+"""
+import functools
+import inspect
 import os
 import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the network
@@ -8,60 +14,78 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the network
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizer
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import helpers as h
+from engine import catalogue, fingerprint, keys
 
-h.torch.set_num_threads(1)  # tensors are tiny: more threads only wait for each other
+torch.set_num_threads(1)  # tensors are tiny: more threads only wait for each other
 
-# Twelve invented titles and some description sentences of five classes; the first description is missing.
+# Twelve invented titles and some description sentences of five classes; the first description is
+# missing.
 PRODUCTS = {
-    10: (["Le Phare oublié - Anne Marlot", "Les Racines du vent, roman", "Contes d'Armorique (poche)",
-          "Le Dernier Wagon - Paul Vesne", "Carnets d'un botaniste", "La Maison des brumes",
-          "Histoire d'un moulin", "L'Atlas des îles perdues", "Poèmes du soir - édition 1962",
-          "Un Été à Kerlouan", "La Lettre sous l'escalier", "Mémoires d'un libraire"],
+    10: (["Le Phare oublié - Anne Marlot", "Les Racines du vent, roman",
+          "Contes d'Armorique (poche)", "Le Dernier Wagon - Paul Vesne",
+          "Carnets d'un botaniste", "La Maison des brumes", "Histoire d'un moulin",
+          "L'Atlas des îles perdues", "Poèmes du soir - édition 1962", "Un Été à Kerlouan",
+          "La Lettre sous l'escalier", "Mémoires d'un libraire"],
          ["Livre d'occasion, couverture un peu usée.", "Roman broché de 212 pages, bon état.",
           "Exemplaire de bibliothèque ; tampon en page de garde."]),
     1280: (["Ours en peluche Nono 30 cm", "Train en bois 18 pièces", "Poupée Lila et sa valise",
             "Puzzle des animaux 48 pièces", "Camion de pompiers à friction", "Toupie lumineuse",
             "Dinette en métal 22 pièces", "Cubes empilables bébé", "Château fort à monter",
             "Marionnettes à doigts", "Yoyo en hêtre", "Arche et ses animaux"],
-           ["Jouet pour enfant dès 3 ans.", "Couleurs vives, peinture sans danger.", "Idéal pour l'éveil."]),
-    2583: (["Pompe de filtration 6 m³/h", "Bâche à bulles ronde Ø 3,6 m", "Échelle de piscine 3 marches",
-            "Robot nettoyeur Aquavif", "Liner 75/100 bleu", "Skimmer blanc", "Projecteur LED de bassin",
-            "Épuisette de surface", "Chlore lent 5 kg", "Tuyau flottant 9 m", "Piscine tubulaire 4 x 2 m",
+           ["Jouet pour enfant dès 3 ans.", "Couleurs vives, peinture sans danger.",
+            "Idéal pour l'éveil."]),
+    2583: (["Pompe de filtration 6 m³/h", "Bâche à bulles ronde Ø 3,6 m",
+            "Échelle de piscine 3 marches", "Robot nettoyeur Aquavif", "Liner 75/100 bleu",
+            "Skimmer blanc", "Projecteur LED de bassin", "Épuisette de surface",
+            "Chlore lent 5 kg", "Tuyau flottant 9 m", "Piscine tubulaire 4 x 2 m",
             "Thermomètre de piscine canard"],
-           ["Pour piscine hors sol ou enterrée.", "Débit de filtration élevé, raccord 38 mm.", "Garantie 2 ans."]),
+           ["Pour piscine hors sol ou enterrée.", "Débit de filtration élevé, raccord 38 mm.",
+            "Garantie 2 ans."]),
     40: (["Rallye Vosges 4 - PC", "Chevaliers de l'Aube PS2", "Mystère au manoir, jeu vidéo",
           "Astro Moto Turbo", "Pixel Golf deluxe", "Les Bâtisseurs du Nil", "Ligue Foot 98 Mega",
           "Dragons & Donjonnets", "Sous-marin Abysse", "Karting des neiges", "Zombies à Paris",
           "Simulateur de tracteur"],
-         ["Jeu complet avec notice.", "Version européenne, boîte d'origine.", "Fonctionne sur console française."]),
-    1560: (["Table basse en chêne", "Étagère murale 5 niveaux", "Chaise scandinave x4", "Bureau d'angle Milo",
-            "Commode 3 tiroirs", "Tabouret de bar noir", "Buffet en pin massif", "Lit gigogne 90 x 190",
-            "Meuble TV industriel", "Console d'entrée", "Armoire 2 portes", "Banc de lit en velours"],
-           ["Meuble livré à plat, notice incluse.", "Dimensions : L 80 x P 40 x H 75 cm.", "Bois et métal."]),
+         ["Jeu complet avec notice.", "Version européenne, boîte d'origine.",
+          "Fonctionne sur console française."]),
+    1560: (["Table basse en chêne", "Étagère murale 5 niveaux", "Chaise scandinave x4",
+            "Bureau d'angle Milo", "Commode 3 tiroirs", "Tabouret de bar noir",
+            "Buffet en pin massif", "Lit gigogne 90 x 190", "Meuble TV industriel",
+            "Console d'entrée", "Armoire 2 portes", "Banc de lit en velours"],
+           ["Meuble livré à plat, notice incluse.", "Dimensions : L 80 x P 40 x H 75 cm.",
+            "Bois et métal."]),
 }
 # (place in the catalogue, column, text): what real texts hold and a table format must carry.
 ODD_TEXTS = [
     (5, "title", 'Le "Grand" Livre, tome 1'),
     (17, "description", "<p>Jouet &agrave; tirer<br />bois &amp; m&eacute;tal</p>"),
-    (18, "description", "Âge\tconseillé :\t3 ans"), (29, "description", "d < 5 cm, h > 2 cm"),
-    (30, "description", "Filtre ; sable, \"20 kg\""), (41, "description", "&lt;b&gt;Jeu&lt;/b&gt;&nbsp;rare"),
-    (42, "description", "ligne 1\nligne 2"), (53, "title", "NA"), (54, "description", "null")]
-COLOURS = {10: (150, 90, 40), 1280: (230, 60, 60), 2583: (40, 120, 220), 40: (60, 200, 80), 1560: (210, 190, 120)}
+    (18, "description", "Âge\tconseillé :\t3 ans"),
+    (29, "description", "d < 5 cm, h > 2 cm"),
+    (30, "description", "Filtre ; sable, \"20 kg\""),
+    (41, "description", "&lt;b&gt;Jeu&lt;/b&gt;&nbsp;rare"),
+    (42, "description", "ligne 1\nligne 2"),
+    (53, "title", "NA"),
+    (54, "description", "null"),
+]
+COLOURS = {10: (150, 90, 40), 1280: (230, 60, 60), 2583: (40, 120, 220), 40: (60, 200, 80),
+           1560: (210, 190, 120)}
 
 
 def tiny_products() -> pd.DataFrame:
-    """60 rows [title, description, product_id, image_id, code] in an order that is not that of the ids."""
+    """60 rows [title, description, product_id, image_id, code], not in the order of their ids."""
     rng, rows = np.random.default_rng(5), []
     for code, (titles, sentences) in PRODUCTS.items():
         for i, title in enumerate(titles):
-            text = " ".join(sentences[(i + k) % len(sentences)] for k in range(1 + i % 3)) if i else ""
+            chosen = [sentences[(i + k) % len(sentences)] for k in range(1 + i % 3)]
+            text = " ".join(chosen) if i else ""
             rows.append({"title": title, "description": text, "code": code})
     table = pd.DataFrame(rows)
     for place, column, text in ODD_TEXTS:
@@ -87,9 +111,12 @@ def write_ens(folder: Path) -> Path:
     """The products as challengedata.ens.fr lays them out."""
     products = tiny_products()
     draw_pictures(products, folder / "images" / "image_train")
-    x = products.rename(columns={"title": "designation", "product_id": "productid", "image_id": "imageid"})
-    x[["designation", "description", "productid", "imageid"]].to_csv(folder / "X_train_update.csv")
-    products[["code"]].rename(columns={"code": "prdtypecode"}).to_csv(folder / "Y_train_CVw08PX.csv")
+    names = {"title": "designation", "description": "description", "product_id": "productid",
+             "image_id": "imageid"}
+    x = products[list(names)].rename(columns=names)
+    x.to_csv(folder / "X_train_update.csv")
+    y = products[["code"]].rename(columns={"code": "prdtypecode"})
+    y.to_csv(folder / "Y_train_CVw08PX.csv")
     return folder
 
 
@@ -97,10 +124,12 @@ def write_sigir(folder: Path) -> Path:
     """The same products as the SIGIR eCom 2020 challenge laid them out."""
     products = tiny_products().rename_axis("Integer_id")
     draw_pictures(products, folder / "image_training")
-    x = products.rename(columns={"title": "Title", "description": "Description", "product_id": "Product_id",
-                                 "image_id": "Image_id"})
-    x[["Title", "Description", "Image_id", "Product_id"]].to_csv(folder / "X_train.tsv", sep="\t")
-    products[["code"]].rename(columns={"code": "Prdtypecode"}).to_csv(folder / "Y_train.tsv", sep="\t")
+    names = {"title": "Title", "description": "Description", "image_id": "Image_id",
+             "product_id": "Product_id"}
+    x = products[list(names)].rename(columns=names)
+    x.to_csv(folder / "X_train.tsv", sep="\t")
+    y = products[["code"]].rename(columns={"code": "Prdtypecode"})
+    y.to_csv(folder / "Y_train.tsv", sep="\t")
     return folder
 
 
@@ -117,31 +146,102 @@ def tiny_sigir(tmp_path):
 def make_bert(folder: Path, **size: float) -> tuple[BertTokenizer, BertModel]:
     """A BERT of this size with random weights, and its tokenizer, which knows the titles' words."""
     words = sorted({word for title in tiny_products()["title"] for word in title.lower().split()})
-    (folder / "words.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (folder / "words.txt").write_text("\n".join([*marks, *words]))
     tokenizer = BertTokenizer(vocab=str(folder / "words.txt"))
     return tokenizer, BertModel(BertConfig(vocab_size=len(tokenizer), **size))
 
 
-SMALL = {"camembert": "small", "flaubert": "small", "seresnext": "small", "text_width": 16, "text_layers": 1,
-         "vocabulary": 200, "max_length": 32, "text_epochs": 1, "text_lr": 1e-3, "image_epochs": 1, "image_size": 64,
-         "region_size": 64, "fusion_epochs": 2, "bootstrap": 50}
+SMALL = {"camembert": "small", "flaubert": "small", "seresnext": "small", "text_width": 16,
+         "text_layers": 1, "vocabulary": 200, "max_length": 32, "text_epochs": 1, "text_lr": 1e-3,
+         "image_epochs": 1, "image_size": 64, "region_size": 64, "fusion_epochs": 2,
+         "bootstrap": 50}
 
 
-def isolate(patch: pytest.MonkeyPatch, folder: Path, catalogue: Path) -> None:
-    """Let everything that a run writes, decoded pictures included, go below `folder`."""
-    patch.setattr(h, "ROOT", folder)  # data/cache lies below it
+def isolate(patch: pytest.MonkeyPatch, folder: Path, catalogue_folder: Path) -> None:
+    """Let everything that a run writes, decoded pictures included, go below `folder`, and let the
+    runs of the paper's profile read the catalogue there.
+    """
     patch.setenv("STUDY_RUNS", str(folder / "runs"))
-    patch.setenv("RAKUTEN_DATA", str(catalogue))
+    patch.setenv("STUDY_CACHE", str(folder / "cache"))
+    patch.setenv("RAKUTEN_DATA", str(catalogue_folder))
     patch.delenv("STUDY_EVENTS", raising=False)
+    catalogue._chosen.cache_clear()
 
 
 @pytest.fixture
 def make_run(tmp_path, tiny_ens, monkeypatch):
-    """make_run(split="90-10", seed=0, **settings): a run of the paper's profile, made small, on the tiny catalogue."""
+    """make_run(split="90-10", seed=0, **settings): a run of the paper's profile, made small, on
+    the tiny catalogue.
+    """
     isolate(monkeypatch, tmp_path, tiny_ens)
-    return lambda split="90-10", seed=0, **settings: h.open_run("paper", split, seed, {**SMALL, **settings})
+
+    def make(split: str = "90-10", seed: int = 0, **settings: object) -> h.Run:
+        return h.open_run("paper", split, seed, {**SMALL, **settings})
+
+    return make
 
 
 @pytest.fixture
 def run(make_run):
     return make_run()
+
+
+@pytest.fixture
+def fake_stage(monkeypatch):
+    """fake_stage(name, build): until the test ends, stage `name` is made by the test's own
+    `build(run, name, folder) -> metrics`, a function written with `def`, anywhere in the test's
+    file.
+
+        def build(run, name, folder):
+            (folder / "number.txt").write_text("1")
+            return {"number": 1}
+
+        fake_stage("text", build)
+        folder = h.stage(run, "text")
+
+    Everything else is the engine's: what the stage reads, its notebook, its key. The key holds the
+    text of `build` and of all that it calls, in the test's file, the engine and helpers.py, as for
+    a real stage; what a nested `build` takes from the function around it does not count. So the
+    same text twice is one stage, another text another one. A name such as "fusion-concat-add" is
+    faked alone, without the other variants. A fake is always made in this one process.
+    """
+    def fake(name: str, build: Callable[[h.Run, str, Path], dict | None]) -> None:
+        room = f"fake.{name}"
+        around = inspect.getsource(inspect.getmodule(build))
+        own = textwrap.dedent(inspect.getsource(build))  # last, so that it is what its name means
+
+        @functools.wraps(build)
+        def maker(*arguments: object) -> dict | None:
+            return build(*arguments)
+
+        maker.__module__, maker.__qualname__ = room, build.__name__
+        monkeypatch.setitem(fingerprint.SOURCES, room, f"{around}\n\n{own}")
+        monkeypatch.setitem(keys.MAKERS, name, maker)
+        together.discard(name)
+
+    together = set(keys.TOGETHER)
+    monkeypatch.setattr("engine.stages.TOGETHER", together)
+    return fake
+
+
+class ByFile(LoadScopeScheduling):
+    """What shares costly fixtures is run by one process: each file, and the chain with the
+    committed notebooks, which find its stages.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return "chain" if path.endswith((".ipynb", "test_chain.py")) else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log) -> ByFile:
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The notebooks come after the chain, and are slow."""
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.path.name != "test_chain.py")

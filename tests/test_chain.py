@@ -1,5 +1,11 @@
-"""The chain as a user runs it: run.py in a process of its own, with other parameters than the default."""
+"""The chain as a user runs it: run.py in a process of its own, killed once, looked at after it.
+
+It is run once, on the sample's 90-10 split; the committed notebooks, which pytest executes after
+these tests in the same process, find its stages.
+"""
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +18,11 @@ import pytest
 from safetensors.torch import load_file
 
 import helpers as h
+from conftest import ROOT
+from engine.files import read_json
+from engine.keys import folder_of
 
-SETTINGS = {"text_epochs": 1, "image_epochs": 1, "image_size": 48, "fusion_epochs": 2, "bootstrap": 50}
-SMALL = ["--split", "80-20", "--seed", "3", *(f"--set={key}={value}" for key, value in SETTINGS.items())]
+pytestmark = pytest.mark.slow
 SPY = """
 import os, socket
 real = socket.socket.connect
@@ -34,22 +42,28 @@ def getaddrinfo(host, *args, **kwargs):
     return look_up(host, *args, **kwargs)
 socket.getaddrinfo = getaddrinfo
 """
+STUDY = ["study", "--split", "90-10"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def place(tmp_path_factory):
-    """A folder for runs, with a space in its name, and an environment in which every connection is written down."""
+    """A folder for runs, with a space in its name, where every connection is written down.
+
+    The notebooks' kernels, which this process starts afterwards, find the runs there.
+    """
     folder = tmp_path_factory.mktemp("a place")
     (folder / "spy").mkdir()
     (folder / "spy" / "sitecustomize.py").write_text(SPY)
+    os.environ["STUDY_RUNS"] = str(folder / "runs")
     return folder
 
 
 def command(place: Path, *words: str) -> tuple[list[str], dict]:
-    ours = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}  # the chain may not need it
+    # The chain may not need HF_HUB_OFFLINE, which conftest.py sets.
+    ours = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     environment = {**ours, "STUDY_RUNS": str(place / "runs"), "PYTHONPATH": str(place / "spy"),
                    "STUDY_TEST_CONNECTIONS": str(place / "connections"), "COLUMNS": "200"}
-    return [sys.executable, str(h.ROOT / "run.py"), *words], environment
+    return [sys.executable, str(ROOT / "run.py"), *words], environment
 
 
 def run(place: Path, *words: str) -> subprocess.CompletedProcess:
@@ -58,25 +72,29 @@ def run(place: Path, *words: str) -> subprocess.CompletedProcess:
 
 
 def seed_folder(place: Path) -> Path:
-    return place / "runs" / "sample" / "described" / "80-20" / "seed3"
+    return place / "runs" / "sample" / "described" / "90-10" / "seed0"
 
 
-@pytest.fixture(scope="module")
+def stage_folders(place: Path) -> dict[str, Path]:
+    """{stage: folder} of the stages that the run stands on, as its stages.json says."""
+    stages = read_json(seed_folder(place) / "stages.json")
+    return {name: place / "runs" / "stages" / f"{name}-{key[:8]}" for name, key in stages.items()}
+
+
+@pytest.fixture(scope="session")
 def studied(place):
     """The chain, killed once while an encoder is being fine-tuned, then run again to its end."""
-    words, environment = command(place, "study", *SMALL)
-    first = subprocess.Popen(words, env=environment, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: (seed_folder(place) / "camembert_title.partial").exists(), 240)
+    words, environment = command(place, *STUDY)
+    first = subprocess.Popen(words, env=environment, cwd=place, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
+    stages = place / "runs" / "stages"
+    wait_for(lambda: list(stages.glob("camembert_title-*.partial/checkpoints/*")), 300)
     kernels = psutil.Process(first.pid).children(recursive=True)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    gone, alive = psutil.wait_procs(kernels, timeout=30)
-    whole = [path.parent.name for path in seed_folder(place).glob("*/manifest.json")]
-    return {"left": whole, "alive": alive, "second": run(place, "study", *SMALL)}
-
-
-def stage_keys(place: Path) -> dict[str, str]:
-    return {path.parent.name: h.read_json(path)["key"] for path in seed_folder(place).glob("*/manifest.json")}
+    _, alive = psutil.wait_procs(kernels, timeout=30)
+    whole = {path.parent.name.partition("-")[0] for path in stages.glob("*/manifest.json")}
+    return {"left": whole, "alive": alive, "second": run(place, *STUDY)}
 
 
 def wait_for(condition, seconds: float) -> None:
@@ -87,82 +105,119 @@ def wait_for(condition, seconds: float) -> None:
 
 
 def test_a_kill_leaves_whole_stages_only_and_no_process(studied):
-    assert set(studied["left"]) == {"splits", "text", "baselines"}
+    assert studied["left"] == {"splits", "text", "baselines"}
     assert studied["alive"] == []
 
 
 def test_the_second_start_goes_on_where_the_first_was_killed(studied):
     output = studied["second"].stdout
     assert studied["second"].returncode == 0, studied["second"].stderr
-    assert "01_data_exploration  80-20  seed 3  already done" in output
-    assert "03_finetune_camembert  80-20  seed 3  already done" not in output
+    assert "01_data_exploration  90-10  seed 0  already done" in output
+    assert "03_finetune_camembert  90-10  seed 0  already done" not in output
 
 
 def test_tables_are_printed_and_name_what_is_missing(studied):
     output = studied["second"].stdout
-    assert "Table V, split 80-20, seed 3" in output and "synthetic sample" in output
-    assert "Table I, split 90-10, seed 3: not scored yet" in output
+    assert "Table I, split 90-10, seed 0" in output and "synthetic sample" in output
+    assert "Table V, split 80-20, seed 0: not scored yet" in output
 
 
 def test_stages_hold_what_they_promise(studied, place):
-    folder = seed_folder(place)
-    split = pd.read_csv(folder / "splits" / "split.csv")
+    folders = stage_folders(place)
+    split = pd.read_csv(folders["splits"] / "split.csv")
     for stage in h.REPRESENTATIONS.values():
-        tensors = load_file(folder / stage / "features.safetensors")
+        tensors = load_file(folders[stage] / "features.safetensors")
         assert sorted(tensors["product_id"].tolist()) == sorted(split["product_id"])
         assert tensors["features"].std() > 0 and bool(tensors["features"].isfinite().all())
-    manifest = h.read_json(folder / "camembert_title" / "manifest.json")
-    assert manifest["settings"]["text_epochs"] == 1 and manifest["seed"] == 3
-    assert len(pd.read_csv(folder / "camembert_title" / "curve.csv")) == 1
-    predictions = load_file(folder / "scores" / "predictions.safetensors")
-    assert sorted(predictions["product_id"].tolist()) == sorted(split.query("part == 'test'")["product_id"])
+    manifest = read_json(folders["camembert_title"] / "manifest.json")
+    assert manifest["settings"]["text_epochs"] == 10 and manifest["settings"]["seed"] == 0
+    assert manifest["threads"] == 1  # so that the sample's numbers do not depend on the machine
+    assert len(pd.read_csv(folders["camembert_title"] / "curve.csv")) == 10
+    predictions = load_file(folders["scores"] / "predictions.safetensors")
+    test = split.query("part == 'test'")["product_id"]
+    assert sorted(predictions["product_id"].tolist()) == sorted(test)
+    suffixes = {path.suffix for path in (place / "runs" / "stages").rglob("*") if path.is_file()}
+    assert suffixes <= {".csv", ".json", ".lock", ".safetensors", ".txt"}  # nothing is pickled
 
 
 def test_the_table_can_be_computed_from_the_predictions(studied, place):
-    predictions = load_file(seed_folder(place) / "scores" / "predictions.safetensors")
-    table = pd.read_csv(seed_folder(place) / "scores" / "table_V.csv")
-    right = (predictions["concat-add"].argmax(-1) == predictions["label_id"]).float().mean().item()
-    assert table["accuracy"].iloc[0] == pytest.approx(100 * right)
-    assert table["paper_accuracy"].tolist() == [91.97, 92.36, 92.86, 92.25]
+    scores = stage_folders(place)["scores"]
+    predictions = load_file(scores / "predictions.safetensors")
+    table = pd.read_csv(scores / "table_II.csv")
+    right = predictions["concat-add"].argmax(-1) == predictions["label_id"]
+    assert table["accuracy"].iloc[1] == pytest.approx(100 * right.float().mean().item())
+    published = pd.read_csv(ROOT / "data" / "published_results.csv").query(
+        "source == 'paper' and reference == 'Table II'")
+    assert table["paper_accuracy"].tolist() == published["accuracy"].tolist()
 
 
 def test_the_report_links_every_notebook(studied, place):
-    page = (place / "runs" / "sample" / "described" / "report" / "index.html").read_text(encoding="utf-8")
-    for name in (path.stem for path in (h.ROOT / "notebooks").glob("*.ipynb")):
-        assert f'href="{name}-80-20-seed3.html"' in page
-        assert (place / "runs" / "sample" / "described" / "report" / f"{name}-80-20-seed3.html").stat().st_size > 10_000
-    assert "Table IV, split 80-20" in page and "08_scores" in page
+    folder = place / "runs" / "sample" / "described" / "report"
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    for name in (path.stem for path in (ROOT / "notebooks").glob("*.ipynb")):
+        assert f'href="{name}-90-10-seed0.html"' in page
+        assert (folder / f"{name}-90-10-seed0.html").stat().st_size > 10_000
+    assert "Table II, split 90-10" in page and "08_scores" in page
 
 
 def test_nothing_is_done_twice(studied, place):
-    before = {path: path.stat().st_mtime_ns for path in seed_folder(place).rglob("*") if path.is_file()}
-    again = run(place, "study", *SMALL)
+    def times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (place / "runs").rglob("*")
+                if path.is_file() and path.name != "index.html"}
+
+    before = times()
+    again = run(place, *STUDY)
     assert again.returncode == 0 and again.stdout.count("already done") == 8
-    assert {path: path.stat().st_mtime_ns for path in seed_folder(place).rglob("*") if path.is_file()} == before
+    assert times() == before
 
 
-def test_a_changed_setting_redoes_only_what_reads_it(studied, place):
-    before = stage_keys(place)
-    run(place, "study", *SMALL, "--set", "fusion_lr=0.01", "--only", "07")
-    after = stage_keys(place)
-    changed = {name for name in before if before[name] != after[name]}
-    assert changed and all(name.startswith("fusion-") for name in changed)
+def test_a_changed_setting_makes_only_what_reads_it_and_overwrites_nothing(studied, place):
+    """With a setting given by a file, which papermill hands to the notebook."""
+    (place / "mine.toml").write_text("fusion_lr = 0.01\nfusion_epochs = 2\n")
+    before, others = stage_folders(place), set((place / "runs" / "stages").iterdir())
+    changed = run(place, *STUDY, "--config", str(place / "mine.toml"), "--only", "07")
+    assert changed.returncode == 0, changed.stderr
+    assert stage_folders(place) == before
+    made = {path.name for path in (place / "runs" / "stages").iterdir() if path.is_dir()} \
+        - {path.name for path in others}
+    assert len(made) == 10 and all(name.startswith("fusion-") for name in made)
+    own = seed_folder(place).with_name("seed0+fusion_epochs=2+fusion_lr=0.01")
+    assert (own / "notebooks" / "07_hierarchical_fusion.ipynb").exists()
+    assert "not scored yet" in changed.stdout  # not the tables of the other settings
+
+
+def test_what_no_run_names_is_deleted_and_nothing_else(studied, place):
+    own = seed_folder(place).with_name("seed0+fusion_epochs=2+fusion_lr=0.01")
+    kept = set(stage_folders(place).values())
+    shutil.rmtree(own)
+    listed = run(place, "status", "--disk")
+    unused = re.findall(r"(fusion-\S+) .* no ", listed.stdout)
+    assert len(unused) == 10
+    cleaned = run(place, "clean", "--unused")
+    assert all(name in cleaned.stdout for name in unused) and "10 stages deleted" in cleaned.stdout
+    assert kept == {path for path in (place / "runs" / "stages").iterdir() if path.is_dir()}
 
 
 def test_no_connection_was_tried(studied, place):
     assert not (place / "connections").exists(), (place / "connections").read_text()
 
 
-def test_a_damaged_stage_stops_the_chain_with_the_cell_and_the_remedy(studied, place):
-    features = seed_folder(place) / "camembert_title" / "features.safetensors"
-    features.write_bytes(features.read_bytes()[:-8])
-    failed = run(place, "study", *SMALL, "--only", "07")
+def test_a_damaged_stage_is_seen_by_status_and_stops_the_chain_with_the_remedy(studied, place):
+    features = stage_folders(place)["camembert_title"] / "features.safetensors"
+    whole = features.read_bytes()
+    features.write_bytes(whole[:-8])
+    try:
+        assert " damaged " in run(place, "status", "--split", "90-10").stdout
+        failed = run(place, *STUDY, "--only", "07")
+    finally:
+        features.write_bytes(whole)
     assert failed.returncode == 1
-    assert "07_hierarchical_fusion  80-20  seed 3 failed in cell [" in failed.stderr
+    assert "07_hierarchical_fusion  90-10  seed 0 failed in cell [" in failed.stderr
     assert "DamagedStage" in failed.stderr and "features.safetensors is damaged" in failed.stderr
     executed = seed_folder(place) / "notebooks" / "07_hierarchical_fusion.ipynb"
     assert str(executed) in failed.stderr and executed.exists()
     assert "Traceback" not in failed.stderr
+    assert run(place, *STUDY, "--only", "07").returncode == 0
 
 
 @pytest.mark.parametrize("words, said", [
@@ -170,6 +225,9 @@ def test_a_damaged_stage_stops_the_chain_with_the_cell_and_the_remedy(studied, p
     (["--set", "text_epochs=many"], "setting text_epochs must be int, got 'many'"),
     (["--set", "text_epochs=-1"], "setting text_epochs must be above 0 and finite, got -1"),
     (["--set", "rows"], "--set wants name=value, got 'rows'"),
+    (["--set", "text_lr=-1", "--set", "clean=much"],
+     "unknown setting clean 'much'; choose from: paper, light; setting text_lr must be above 0"),
+    (["--config", "nowhere.toml"], "--config nowhere.toml cannot be read as TOML"),
     (["--split", "70-30"], "unknown split '70-30'"),
     (["--profile", "tiny"], "unknown profile 'tiny'"),
     (["--only", "99"], "unknown notebook number '99'"),
@@ -179,3 +237,32 @@ def test_a_wrong_parameter_is_refused_before_anything_starts(tmp_path, words, sa
     refused = run(tmp_path, "study", *words)
     assert refused.returncode == 1 and said in refused.stderr and "Traceback" not in refused.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("words", [["--help"], ["status"], ["study", "--set", "text_epoch=3"],
+                                   ["settings"]])
+def test_help_status_and_refusals_import_nothing_heavy(tmp_path, words):
+    """So they come at once: most of the seconds of a command are imports."""
+    code = ("import runpy, sys; sys.argv = sys.argv[1:]\n"
+            "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+            "except SystemExit: print({'torch', 'pandas', 'helpers'} & set(sys.modules))")
+    ended = subprocess.run([sys.executable, "-c", code, str(ROOT / "run.py"), *words], text=True,
+                           capture_output=True, env={**os.environ, "STUDY_RUNS": str(tmp_path)})
+    assert ended.stdout.splitlines()[-1] == "set()", ended.stdout + ended.stderr
+
+
+def test_every_setting_is_printed_with_default_unit_and_source():
+    shown = run(Path(ROOT), "settings").stdout
+    for name in ("text_lr", "checkpoint_steps", "camembert", "threads"):
+        assert name in shown
+    assert re.search(r"text_epochs\s.*10.*10.*epochs.*section IV\.B", shown)
+    assert re.search(r"image_size\s.*80.*224.*pixels", shown)
+
+
+def test_a_stage_lies_where_its_key_says(studied, place, monkeypatch):
+    monkeypatch.setenv("STUDY_RUNS", str(place / "runs"))
+    from engine.keys import key_of
+
+    sample = h.open_run("sample", "90-10", 0)
+    for name, folder in stage_folders(place).items():
+        assert folder == folder_of(name, key_of(sample, name))

@@ -1,4 +1,8 @@
-"""Figures: files, the sample's mark, the confusion's shares, colours by source."""
+"""Figures: files, the sample's mark, the confusion's shares, colours by source. Display: what is
+shown, and where it stands.
+"""
+import inspect
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -7,8 +11,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
+from torch import nn
 
 import helpers as h
+from engine.settings import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +45,7 @@ def test_figure_is_saved_thrice_and_the_sample_says_so(drawn, profile, marked):
     assert ("synthetic sample" in (folder / "line.svg").read_text()) is marked
     assert pd.read_csv(folder / "line.csv").equals(data)
     assert (folder / "line.png").read_bytes().startswith(b"\x89PNG")
-    assert h.Image.open(folder / "line.png").size == (700, 400)  # 3.5 x 2 inches at 200 dpi
+    assert Image.open(folder / "line.png").size == (700, 400)  # 3.5 x 2 inches at 200 dpi
 
 
 def test_same_figure_same_bytes(drawn):
@@ -48,10 +55,12 @@ def test_same_figure_same_bytes(drawn):
 
 
 def test_confusion_shows_shares_of_the_true_class():
-    fig, ax = h.figure(3, 3)
+    _, ax = h.figure(3, 3)
     place = pd.Series({4: 0, 9: 1, 2: 2, 7: 3})  # of the label ids, in the figure's order
-    shares = h.plot_confusion(ax, [4, 4, 4, 4, 9, 9, 2], [4, 4, 4, 9, 9, 4, 2], ["a", "b", "c", "none"], place)
-    assert shares.loc["a"].tolist() == [0.75, 0.25, 0, 0] and shares.loc["b"].tolist() == [0.5, 0.5, 0, 0]
+    truth, predicted = [4, 4, 4, 4, 9, 9, 2], [4, 4, 4, 9, 9, 4, 2]
+    shares = h.plot_confusion(ax, truth, predicted, ["a", "b", "c", "none"], place)
+    assert shares.loc["a"].tolist() == [0.75, 0.25, 0, 0]
+    assert shares.loc["b"].tolist() == [0.5, 0.5, 0, 0]
     assert np.allclose(shares.sum(axis=1), [1, 1, 1, 0])  # a class without rows stays empty
     colours = ax.collections[0]
     assert (colours.norm.vmin, colours.norm.vmax) == (0, 1)
@@ -59,9 +68,15 @@ def test_confusion_shows_shares_of_the_true_class():
 
 
 @pytest.mark.parametrize("model, colour", [
-    ("camembert_title", "#004D80"), ("CamemBERT description", "#004D80"), ("flaubert_title", "#3D9BD6"),
-    ("seresnext", "#D55E00"), ("concat-add", "#222222"), ("average-average-dropout", "#222222"),
-    ("majority class", "#767676"), ("TF-IDF both", "#767676")])
+    ("camembert_title", "#004D80"),
+    ("CamemBERT description", "#004D80"),
+    ("flaubert_title", "#3D9BD6"),
+    ("seresnext", "#D55E00"),
+    ("concat-add", "#222222"),
+    ("average-average-dropout", "#222222"),
+    ("majority class", "#767676"),
+    ("TF-IDF both", "#767676"),
+])
 def test_colour_says_the_source(model, colour):
     assert h.source_colour(model) == colour
 
@@ -71,9 +86,9 @@ def test_the_papers_name_of_the_image_model_has_the_images_colour():
 
 
 def test_learning_curve_marks_the_best_epoch():
-    curve = pd.DataFrame({"epoch": [1, 2, 3], "train_loss": [3, 2, 1.0], "val_loss": [3, 2.5, 2.6],
-                          "val_macro_f1": [0.2, 0.6, 0.5]})
-    fig, axes = h.figure(7, 3, ncols=2)
+    curve = pd.DataFrame({"epoch": [1, 2, 3], "train_loss": [3, 2, 1.0],
+                          "val_loss": [3, 2.5, 2.6], "val_macro_f1": [0.2, 0.6, 0.5]})
+    _, axes = h.figure(7, 3, ncols=2)
     h.plot_learning_curve(axes, curve, "title", "#004D80")
     line, star = axes[1].lines
     assert line.get_ydata().tolist() == pytest.approx([20, 60, 50])
@@ -82,13 +97,43 @@ def test_learning_curve_marks_the_best_epoch():
 
 
 def test_scores_are_dots_with_their_intervals_and_the_papers_are_open_diamonds():
-    scores = pd.DataFrame([{"model": "camembert_title", "accuracy": 80.0, "accuracy_low": 75.0, "accuracy_high": 85.0},
-                           {"model": "concat-add", "accuracy": 90.0, "accuracy_low": 88.0, "accuracy_high": 92.0}])
-    fig, ax = h.figure(5, 3)
+    scores = pd.DataFrame({"model": ["camembert_title", "concat-add"], "accuracy": [80.0, 90.0],
+                           "accuracy_low": [75.0, 88.0], "accuracy_high": [85.0, 92.0]})
+    _, ax = h.figure(5, 3)
     h.plot_scores(ax, scores, "accuracy", pd.Series([81.0, np.nan]))
     interval, dot, interval_2, dot_2, paper = ax.lines
-    assert interval.get_xdata().tolist() == [75, 85] and dot.get_xdata()[0] == 80 and dot.get_color() == "#004D80"
+    assert interval.get_xdata().tolist() == [75, 85]
+    assert dot.get_xdata()[0] == 80 and dot.get_color() == "#004D80"
     assert interval_2.get_xdata().tolist() == [88, 92] and dot_2.get_xdata()[0] == 90
     assert paper.get_markerfacecolor() == "none" and paper.get_xdata()[0] == 81
-    order = [label.get_text() for _, label in sorted(zip(ax.get_yticks(), ax.get_yticklabels()), key=lambda x: -x[0])]
+    names = {place: label.get_text() for place, label in zip(ax.get_yticks(), ax.get_yticklabels())}
+    order = [names[place] for place in sorted(names, reverse=True)]
     assert order == ["camembert_title", "concat-add"]  # the first row on top
+
+
+# --- display --------------------------------------------------------------------------------------
+@pytest.fixture
+def shown(monkeypatch):
+    """The texts that are shown in the notebook, in order."""
+    texts = []
+    monkeypatch.setattr(h, "display", lambda markdown: texts.append(markdown.data))
+    return texts
+
+
+def test_show_says_first_where_the_code_stands_and_then_the_code(shown):
+    h.show(h.fuse, h.clean_text, h.EpochSampler, nn.Linear)
+    places = [text.splitlines()[1] for text in shown]
+    assert places == ["# helpers.py", "# engine/texts.py", "# engine/training.py",
+                      "# torch.nn.modules.linear"]
+    source = inspect.getsource(h.fuse)
+    assert shown[0] == f"```python\n# helpers.py\n{source}```"
+    assert source.startswith("def fuse(how: str, a: Tensor, b: Tensor) -> Tensor:")
+
+
+def test_show_says_the_same_place_in_a_notebook_that_imports_from_the_folder_above(
+        shown, monkeypatch):
+    above = ROOT / "notebooks" / ".."  # so sys.path has it there
+    monkeypatch.setattr(h.inspect, "getsourcefile",
+                        lambda thing: str(above / "engine" / "texts.py"))
+    h.show(h.clean_text)
+    assert shown[0].splitlines()[1] == "# engine/texts.py"

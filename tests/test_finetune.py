@@ -1,8 +1,5 @@
-"""Fine-tuning: learns, keeps the best epoch, repeats itself, and goes on after a kill where it was."""
+"""Fine-tuning: learns, keeps the best epoch, repeats itself, goes on after a kill where it was."""
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +10,29 @@ import torch
 from pandas.testing import assert_frame_equal
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
+from torch.utils.data import default_collate
+from transformers import TrainerState, set_seed
 
+import elsewhere
 import helpers as h
-from conftest import ROOT, SMALL
+from conftest import SMALL
+from engine.files import read_json, write_json
+from engine.processes import processes_for
+from engine.runs import runs_folder
+from engine.settings import make_profile
+from engine.training import (
+    CHECKPOINT_FILES,
+    EpochSampler,
+    RowDataset,
+    StudyCallback,
+    memory_explained,
+    rows_at_a_time,
+    training_arguments,
+)
+from engine.vectors import encode, encode_rows
 
 CLASSES = 3
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
 
 class Identity(torch.nn.Module):
@@ -33,21 +48,23 @@ class Identity(torch.nn.Module):
         return points * self.scale
 
 
-def cloud(n: int, seed: int, noise: float) -> h.RowDataset:
+def cloud(n: int, seed: int, noise: float) -> RowDataset:
     """Points around three corners, labelled by their corner."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, CLASSES, n)
-    points = torch.tensor(np.eye(4)[labels] * 3 + noise * rng.normal(size=(n, 4)), dtype=torch.float32)
-    return h.RowDataset(lambda i: {"points": points[i]}, labels)
+    points = np.eye(4)[labels] * 3 + noise * rng.normal(size=(n, 4))
+    points = torch.tensor(points, dtype=torch.float32)
+    return RowDataset(lambda i: {"points": points[i]}, labels)
 
 
-def train(folder: Path, seed: int = 0, epochs: int = 4, noise: float = 0.5, lr: float = 0.1, **settings):
+def train(folder: Path, seed: int = 0, epochs: int = 4, noise: float = 0.5, lr: float = 0.1,
+          **settings):
     """(the model, its curve, the validation rows) of a small separable problem."""
-    h.set_seed(seed)
+    set_seed(seed)
     model, val = h.Classifier(Identity(), 4, CLASSES), cloud(40, 2, noise)
-    curve = h.finetune(model, cloud(64, 1, noise), val, folder, h.make_profile("sample", settings),
-                       collate=torch.utils.data.default_collate, epochs=epochs, batch=8, lr=lr, weight_decay=0.01,
-                       seed=seed)
+    curve = h.finetune(
+        model, cloud(64, 1, noise), val, folder, make_profile("sample", settings),
+        collate=default_collate, epochs=epochs, batch=8, lr=lr, weight_decay=0.01, seed=seed)
     (folder / "trained.safetensors").unlink()  # as `stage` does
     return model, curve, val
 
@@ -59,7 +76,8 @@ def val_scores(model, val) -> tuple[float, float]:
     with torch.no_grad():
         logits = model(points=torch.stack([row["points"] for row in rows]))["logits"]
     truth = torch.tensor([row["labels"] for row in rows])
-    return f1_score(truth, logits.argmax(-1), average="macro"), torch.nn.functional.cross_entropy(logits, truth).item()
+    loss = torch.nn.functional.cross_entropy(logits, truth).item()
+    return f1_score(truth, logits.argmax(-1), average="macro"), loss
 
 
 def test_loss_falls_and_the_curve_has_one_row_an_epoch(tmp_path):
@@ -67,22 +85,28 @@ def test_loss_falls_and_the_curve_has_one_row_an_epoch(tmp_path):
     assert list(curve) == ["epoch", "train_loss", "val_loss", "val_accuracy", "val_macro_f1"]
     assert curve["epoch"].tolist() == [1, 2, 3, 4]
     assert curve["train_loss"].iloc[-1] < 0.5 * curve["train_loss"].iloc[0]
-    assert curve["val_loss"].iloc[-1] < curve["val_loss"].iloc[0] and curve["val_macro_f1"].max() > 0.9
+    assert curve["val_loss"].iloc[-1] < curve["val_loss"].iloc[0]
+    assert curve["val_macro_f1"].max() > 0.9
     assert model.encoder.modes == {True, False}  # train mode to learn, eval mode to score
     assert [path.name for path in tmp_path.iterdir()] == ["curve.csv"]  # no checkpoints left
 
 
 def test_model_that_is_left_is_the_best_epochs(tmp_path):
-    model, curve, val = train(tmp_path, noise=2.5, lr=1.5, epochs=6)  # noisy and restless: the last is not the best
+    # Noisy and restless: the last epoch is not the best.
+    model, curve, val = train(tmp_path, noise=2.5, lr=1.5, epochs=6)
     best = curve.loc[curve["val_macro_f1"].idxmax()]
     assert best["val_macro_f1"] > curve["val_macro_f1"].iloc[-1]
-    assert val_scores(model, val) == pytest.approx((best["val_macro_f1"], best["val_loss"]), rel=1e-5)
-    assert h.curve_metrics(curve) == {"best_epoch": best["epoch"], "val_accuracy": best["val_accuracy"],
-                                      "val_macro_f1": best["val_macro_f1"]}
+    kept = (best["val_macro_f1"], best["val_loss"])
+    assert val_scores(model, val) == pytest.approx(kept, rel=1e-5)
+    assert h.curve_metrics(curve) == {
+        "best_epoch": best["epoch"], "val_accuracy": best["val_accuracy"],
+        "val_macro_f1": best["val_macro_f1"]}
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers_other_seed_others(tmp_path):
-    (first, a, _), (second, b, _), (_, other, _) = (train(tmp_path, seed=seed) for seed in (1, 1, 2))
+    (first, a, _), (second, b, _), (_, other, _) = (
+        train(tmp_path, seed=seed) for seed in (1, 1, 2))
     assert_frame_equal(a, b, rtol=1e-6)
     for name, weight in first.state_dict().items():
         assert torch.allclose(weight, second.state_dict()[name], rtol=1e-6), name
@@ -90,14 +114,15 @@ def test_same_seed_same_numbers_other_seed_others(tmp_path):
 
 
 def test_first_step_is_adamws(tmp_path):
-    """AdamW's first step is lr * sign(gradient), so the rate shows in the weights whatever the loss."""
+    """AdamW's first step is lr * sign(gradient): the rate shows in the weights, not the loss."""
     model = h.Classifier(Identity(), 4, CLASSES, dropout=0.0)
     torch.nn.init.zeros_(model.head.weight)
     before = model.head.weight.detach().clone()
     rows = cloud(8, 1, 0.5)
-    h.finetune(model, rows, rows, tmp_path, h.make_profile("sample"), collate=torch.utils.data.default_collate,
+    h.finetune(model, rows, rows, tmp_path, make_profile("sample"), collate=default_collate,
                epochs=1, batch=8, lr=0.01, weight_decay=0.0, seed=0)
-    assert torch.allclose((model.head.weight - before).abs(), torch.full((CLASSES, 4), 0.01), rtol=1e-3)
+    step = (model.head.weight - before).abs()
+    assert torch.allclose(step, torch.full((CLASSES, 4), 0.01), rtol=1e-3)
 
 
 def test_classifier_gives_logits_and_with_labels_the_cross_entropy():
@@ -105,45 +130,64 @@ def test_classifier_gives_logits_and_with_labels_the_cross_entropy():
     points, labels = torch.randn(5, 4), torch.tensor([0, 2, 1, 1, 0])
     out = model(points=points, labels=labels)
     by_hand = points @ model.head.weight.T + model.head.bias
-    assert torch.allclose(out["logits"], by_hand, atol=1e-6) and "loss" not in model(points=points)
+    assert torch.allclose(out["logits"], by_hand, atol=1e-6)
+    assert "loss" not in model(points=points)
     expected = -torch.log_softmax(by_hand, 1)[range(5), labels].mean()
     assert out["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+class Flat(Identity):
+    """A picture's pixels as its vector."""
+
+    def forward(self, pixels):
+        return super().forward(pixels.flatten(1))
+
+
 def test_encode_freezes_the_encoder():
-    encoder = Identity().train()
-    vectors = list(h.encode(encoder, [{"points": torch.ones(2, 4)}, {"points": torch.zeros(1, 4)}]))
+    encoder, profile = Flat().train(), make_profile("sample", {"image_size": 2, "image_batch": 2})
+    vectors = h.whole_vectors(encoder, profile, lambda side: np.ones((3, 1, side, side), np.uint8))
     assert encoder.modes == {False} and not encoder.training
-    assert [tuple(v.shape) for v in vectors] == [(2, 4), (1, 4)] and not any(v.requires_grad for v in vectors)
+    assert vectors.tolist() == [[1.0] * 4] * 3 and not vectors.requires_grad
+    assert not encode(encoder, {"pixels": torch.ones(2, 4)}).requires_grad
 
 
-# --- batches ------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
 def test_an_epoch_holds_every_row_in_whole_batches_and_seed_and_epoch_decide_the_order():
-    sampler = h.EpochSampler(rows=21, batch=8, seed=3)
+    sampler = EpochSampler(rows=21, batch=8, seed=3)
     first, again = list(sampler), list(sampler)
     assert first == again and len(first) == len(sampler) == 24
-    assert sorted(first[:21]) == list(range(21)) and first[21:] == first[:3]
+    assert sorted(first[:21]) == [(0, row) for row in range(21)] and first[21:] == first[:3]
     sampler.epoch = 1
-    second = [draw - 21 for draw in sampler]  # draws go on counting, so that each is augmented differently
-    assert sorted(second[:21]) == list(range(21)) and second != first
-    assert list(h.EpochSampler(rows=21, batch=8, seed=4)) != first
+    second = list(sampler)  # draws name their epoch, so that each is augmented differently
+    assert sorted(second[:21]) == [(1, row) for row in range(21)]
+    assert rows_of(second) != rows_of(first)
+    assert list(EpochSampler(rows=21, batch=8, seed=4)) != first
+
+
+def rows_of(draws: list[tuple[int, int]]) -> list[int]:
+    return [row for _, row in draws]
 
 
 def test_batches_hold_rows_of_similar_length():
     lengths = np.random.default_rng(0).integers(5, 200, 400).tolist()
-    def padded(order):
-        batches = np.array(lengths)[np.array(order)].reshape(-1, 8)
+
+    def padded(sampler: EpochSampler) -> float:
+        batches = np.array(lengths)[rows_of(list(sampler))].reshape(-1, 8)
         return batches.max(1).sum() * 8 / batches.sum()
-    assert padded(list(h.EpochSampler(400, 8, 0, lengths))) < 1.1 < 1.5 < padded(list(h.EpochSampler(400, 8, 0)))
+
+    assert padded(EpochSampler(400, 8, 0, lengths)) < 1.1 < 1.5 < padded(EpochSampler(400, 8, 0))
 
 
 def test_a_draw_decides_what_is_random_in_a_row():
-    rows = h.RowDataset(lambda i: {"noise": torch.rand(3)}, [0, 1, 2], seed=5)
-    assert torch.equal(rows[4]["noise"], rows[4]["noise"]) and rows[4]["labels"] == 1
-    assert not torch.equal(rows[1]["noise"], rows[4]["noise"])  # the same row, one epoch later
-    assert not torch.equal(h.RowDataset(rows.row, [0, 1, 2], seed=6)[4]["noise"], rows[4]["noise"])
+    rows = RowDataset(lambda i: {"noise": torch.rand(3)}, [0, 1, 2], seed=5)
+    first, again, later = (rows[draw]["noise"] for draw in ((0, 1), (0, 1), (1, 1)))
+    assert torch.equal(first, again) and rows[1, 1]["labels"] == 1
+    assert torch.equal(rows[1]["noise"], first)  # a row alone is of epoch 0
+    assert not torch.equal(first, later)  # the same row, one epoch later
+    other = RowDataset(rows.row, [0, 1, 2], seed=6)
+    assert not torch.equal(other[1, 1]["noise"], later)
     torch.manual_seed(0)
-    rows[4]
+    rows[1, 1]
     after = torch.rand(1)
     torch.manual_seed(0)
     assert torch.equal(after, torch.rand(1))  # and what comes after is not disturbed
@@ -160,7 +204,7 @@ class Narrow(Identity):
         if self.training:
             self.batches.append(len(points))
         if self.training and len(points) > self.room:
-            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise RuntimeError(OUT_OF_MEMORY)
         return super().forward(points)
 
 
@@ -168,39 +212,47 @@ def train_exactly(folder: Path, encoder: torch.nn.Module, **settings):
     """A short training in which nothing is random but the order of the rows."""
     torch.manual_seed(0)
     model = h.Classifier(encoder, 4, CLASSES, dropout=0.0)
-    curve = h.finetune(model, cloud(64, 1, 1.0), cloud(40, 2, 1.0), folder, h.make_profile("sample", settings),
-                       collate=torch.utils.data.default_collate, epochs=3, batch=8, lr=0.05, weight_decay=0.01, seed=0)
+    curve = h.finetune(
+        model, cloud(64, 1, 1.0), cloud(40, 2, 1.0), folder, make_profile("sample", settings),
+        collate=default_collate, epochs=3, batch=8, lr=0.05, weight_decay=0.01, seed=0)
     (folder / "trained.safetensors").unlink()
     return model, curve
 
 
+@pytest.mark.slow
 def test_fewer_rows_at_a_time_give_the_same_training(tmp_path):
-    (whole, curve), (parts, same) = (train_exactly(tmp_path, Identity(), device_batch=n) for n in (0, 2))
+    (whole, curve), (parts, same) = (
+        train_exactly(tmp_path, Identity(), device_batch=rows) for rows in (0, 2))
     assert_frame_equal(curve, same, rtol=1e-5)
     assert torch.allclose(whole.head.weight, parts.head.weight, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_rows_at_a_time_and_nothing_else(tmp_path):
     _, curve = train_exactly(tmp_path, Identity())
     narrow, narrow_curve = train_exactly(tmp_path, Narrow(room=3))
     assert narrow.encoder.batches[:3] == [8, 4, 2] and set(narrow.encoder.batches[2:]) == {2}
     assert_frame_equal(curve, narrow_curve, rtol=1e-5)
-    with pytest.raises(ValueError, match="out of memory with 1 row.s. on a device at a time; set a smaller max_length"):
+    with pytest.raises(ValueError, match="out of memory with 1 row.s. on a device at a time; set a "
+                                         "smaller max_length"):
         train_exactly(tmp_path, Narrow(room=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings, tolerance", [
     ({"compile": "eager"}, 1e-5), ({"precision": "bf16"}, 3e-2), ({"loader_workers": 2}, 1e-6),
     ({"checkpoint_steps": 3}, 1e-6)])
 def test_a_way_of_computing_changes_no_more_than_rounding(tmp_path, settings, tolerance):
     _, curve = train_exactly(tmp_path, Identity())
     _, other = train_exactly(tmp_path, Identity(), **settings)
-    assert_frame_equal(curve[["train_loss", "val_loss"]], other[["train_loss", "val_loss"]], rtol=tolerance)
+    losses = ["train_loss", "val_loss"]
+    assert_frame_equal(curve[losses], other[losses], rtol=tolerance)
     assert (curve["val_loss"] != other["val_loss"]).any() == ("precision" in settings)
 
 
+@pytest.mark.slow
 def test_early_stopping_waits_for_its_patience(tmp_path):
-    model, curve, _ = train(tmp_path, noise=2.5, lr=1.5, epochs=12, early_stopping=2)
+    _, curve, _ = train(tmp_path, noise=2.5, lr=1.5, epochs=12, early_stopping=2)
     best = curve["val_macro_f1"].idxmax()
     assert len(curve) == best + 1 + 2 < 12
 
@@ -209,11 +261,12 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 3])
 def test_early_stopping_has_waited_as_long_after_a_stop(tmp_path, monkeypatch, seed):
     how = {"noise": 2.5, "lr": 1.5, "epochs": 12, "early_stopping": 2, "seed": seed}
     _, whole, _ = train(tmp_path, **how)
-    begin = h.StudyCallback.on_epoch_begin
+    begin = StudyCallback.on_epoch_begin
 
     def stop(self, args, state, control, **more):
         if state.global_step == 8 * (len(whole) - 1):  # as its last epoch begins
@@ -221,7 +274,7 @@ def test_early_stopping_has_waited_as_long_after_a_stop(tmp_path, monkeypatch, s
         begin(self, args, state, control, **more)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(h.StudyCallback, "on_epoch_begin", stop)
+        patch.setattr(StudyCallback, "on_epoch_begin", stop)
         train(tmp_path, **how)
     assert_frame_equal(train(tmp_path, **how)[1], whole, rtol=1e-6)
 
@@ -230,181 +283,199 @@ def test_batch_that_fits_no_memory_is_encoded_by_halves():
     class Full(Identity):
         def forward(self, points):
             if len(points) > 3:
-                raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+                raise RuntimeError(OUT_OF_MEMORY)
             return super().forward(points)
 
     points = torch.rand(11, 4)
-    assert torch.equal(*(next(h.encode(encoder, [{"points": points}])) for encoder in (Full(), Identity())))
+    halves, whole = (encode(encoder.eval(), {"points": points}) for encoder in (Full(), Identity()))
+    assert torch.equal(halves, whole)
 
     class Broken(Identity):
         def forward(self, points):
             raise RuntimeError("another error")
 
     with pytest.raises(RuntimeError, match="another error"):
-        next(h.encode(Broken(), [{"points": points}]))
+        encode(Broken(), {"points": points})
 
 
 def test_rows_at_a_time_are_divisors_of_a_processs_share(monkeypatch):
-    assert h.rows_at_a_time(12, 0) == [12, 6, 4, 3, 2, 1] and h.rows_at_a_time(12, 5) == [4, 3, 2, 1]
-    monkeypatch.setattr(h, "group", lambda: SimpleNamespace(num_processes=3))
-    assert h.rows_at_a_time(12, 0) == [4, 2, 1]
+    assert rows_at_a_time(12, 0) == [12, 6, 4, 3, 2, 1]
+    assert rows_at_a_time(12, 5) == [4, 3, 2, 1]
+    monkeypatch.setattr("engine.training.group", lambda: SimpleNamespace(num_processes=3))
+    assert rows_at_a_time(12, 0) == [4, 2, 1]
     with pytest.raises(ValueError, match="a batch of 8 rows cannot be shared by 3 processes alike"):
-        h.rows_at_a_time(8, 0)
+        rows_at_a_time(8, 0)
 
 
 def test_out_of_memory_in_one_of_several_processes_ends_it_with_the_remedy(monkeypatch):
-    monkeypatch.setattr(h, "group", lambda: SimpleNamespace(num_processes=2))
-    with pytest.raises(ValueError, match="out of memory with 8 row.s. on a device at a time; set device_batch=4 or"):
-        with h.memory_explained(8):
-            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    with pytest.raises(RuntimeError, match="shapes"), h.memory_explained(8):
+    monkeypatch.setattr("engine.training.group", lambda: SimpleNamespace(num_processes=2))
+    remedy = "out of memory with 8 row.s. on a device at a time; set device_batch=4 or"
+    with pytest.raises(ValueError, match=remedy), memory_explained(8):
+        raise RuntimeError(OUT_OF_MEMORY)
+    with pytest.raises(RuntimeError, match="shapes"), memory_explained(8):
         raise RuntimeError("shapes differ")
 
 
 def test_processes_are_as_many_gpus_as_can_share_the_batches(monkeypatch):
     for gpus, expected in ((0, 1), (1, 1), (2, 2), (3, 2), (8, 8), (12, 8)):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
-        assert h.processes_for(h.make_profile("paper")) == expected
+        assert processes_for(make_profile("paper")) == expected
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="processes=4, but this machine has 2 GPU"):
-        h.processes_for(h.make_profile("paper", {"processes": 4}))
+        processes_for(make_profile("paper", {"processes": 4}))
 
 
-def test_one_process_never_spreads_a_batch_over_several_gpus(tmp_path, monkeypatch):
-    arguments = h.training_arguments(h.make_profile("sample"), tmp_path)
-    assert arguments.n_gpu <= 1 and arguments.train_batch_size == arguments.per_device_train_batch_size
+def test_one_process_never_spreads_a_batch_over_several_gpus(tmp_path):
+    arguments = training_arguments(make_profile("sample"), tmp_path, 8, 4)
+    assert arguments.n_gpu <= 1
+    assert arguments.train_batch_size == arguments.per_device_train_batch_size == 4
+    assert arguments.gradient_accumulation_steps == 2
 
 
 def test_a_process_without_rows_of_its_own_gets_the_vectors_too(monkeypatch):
-    """Two processes and one group of rows: the second computes nothing that counts, and is sent the first one's."""
+    """Two processes, one group of rows: what the second computes does not count, and it is sent
+    the first one's.
+    """
     rows, found = torch.arange(12.0).reshape(3, 4), []
+    monkeypatch.setattr("engine.vectors.reduce", lambda x, how: found.append((x, how)) or x)
     for index in (0, 1):
-        monkeypatch.setattr(h, "group", lambda index=index: SimpleNamespace(
-            num_processes=2, process_index=index, is_main_process=index == 0, device=torch.device("cpu")))
-        monkeypatch.setattr(h, "reduce", lambda tensor, how: found.append(tensor) or tensor)
-        h.encode_rows(Identity(), [[0, 1, 2]], lambda places: {"points": rows[places]}, torch.float32, "test")
-    assert torch.equal(found[0] + found[1], rows) and found[1].abs().sum() == 0
+        monkeypatch.setattr("engine.vectors.group", lambda index=index: SimpleNamespace(
+            num_processes=2, process_index=index))
+        encode_rows(Identity(), [2, 0, 1], lambda places: {"points": rows[places]}, 3,
+                    torch.float32, "test")
+    (first, how), (second, _) = found
+    assert how == "sum" and torch.equal(first, rows) and second.abs().sum() == 0
+
+
+def test_vectors_come_back_in_the_order_of_rows_whatever_order_they_are_taken_in():
+    rows, batches = torch.arange(20.0).reshape(5, 4), []
+
+    def inputs(places):
+        batches.append(list(places))
+        return {"points": rows[places]}
+
+    found = encode_rows(Identity(), [4, 0, 3, 1, 2], inputs, 2, torch.float32, "test")
+    assert torch.equal(found, rows) and batches == [[4, 0], [3, 1], [2]]
 
 
 def test_head_of_a_frozen_encoder_is_a_logistic_regression():
     rng = np.random.default_rng(0)
     labels = torch.tensor(rng.integers(0, 4, 300)) * 2  # classes 0, 2, 4, 6: others have no row
-    features = torch.tensor(np.eye(8)[labels] * 3 + rng.normal(size=(300, 8)), dtype=torch.float32) * 5 + 2
+    features = np.eye(8)[labels] * 3 + rng.normal(size=(300, 8))
+    features = torch.tensor(features, dtype=torch.float32) * 5 + 2
     parts, head = np.array(["train", "val", "train"] * 100), torch.nn.Linear(8, 9)
     curve = h.fit_head(head, features, labels, parts)
     train_rows = features[parts == "train"]
-    scale = lambda x: ((x - train_rows.mean(0)) / train_rows.std(0)).numpy()  # noqa: E731
-    reference = LogisticRegression(max_iter=300).fit(scale(train_rows), labels[parts == "train"])
+
+    def scaled(x: torch.Tensor) -> np.ndarray:
+        return ((x - train_rows.mean(0)) / train_rows.std(0)).numpy()
+
+    reference = LogisticRegression(max_iter=300)
+    reference.fit(scaled(train_rows), labels[parts == "train"])
     probabilities = torch.softmax(head(features), -1).detach().numpy()
-    assert np.allclose(probabilities[:, reference.classes_], reference.predict_proba(scale(features)), atol=1e-4)
+    expected = reference.predict_proba(scaled(features))
+    assert np.allclose(probabilities[:, reference.classes_], expected, atol=1e-4)
     assert probabilities[:, [1, 3, 5, 7, 8]].max() < 1e-6
-    right = (reference.predict(scale(features[parts == "val"])) == labels[parts == "val"].numpy()).mean()
-    assert curve["epoch"].tolist() == [0] and curve["val_accuracy"].item() == pytest.approx(right)
+    guess, truth = reference.predict(scaled(features[parts == "val"])), labels[parts == "val"]
+    assert curve["epoch"].tolist() == [0]
+    assert curve["val_accuracy"].item() == pytest.approx((guess == truth.numpy()).mean())
 
 
-# --- after a kill -------------------------------------------------------------------------------------
-STAGE = """
-import helpers as h
-run = h.open_run("paper", "90-10", 0, {settings})
-h.text_encoder_stage(run, "camembert", "title")
-"""
+# --- after a kill ---------------------------------------------------------------------------------
 EPOCHS = {**SMALL, "text_epochs": 5, "text_batch": 2, "checkpoint_steps": 5}
-
-
-def start_stage() -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", STAGE.replace("{settings}", repr(EPOCHS))], cwd=ROOT,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(found, process: subprocess.Popen, seconds: float = 120):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := found():
-            return value
-        if process.poll() is not None:
-            raise AssertionError(f"the stage ended before it was killed: {process.stderr.read()[-2000:]}")
-        time.sleep(0.005)
-    raise AssertionError(f"nothing to kill after {seconds} s")
-
-
 STEPS = 22  # an epoch: 44 rows in batches of 2
 
 
+def partials() -> list[Path]:
+    return list((runs_folder() / "stages").glob("*.partial"))
+
+
+def checkpoint_within_an_epoch() -> bool:
+    """Whether a checkpoint of an epoch's middle, not of the first, is whole."""
+    for path in (runs_folder() / "stages").glob("*.partial/checkpoints/*/trainer_state.json"):
+        step = (read_json(path) or {"global_step": 0})["global_step"]
+        if step > STEPS and step % STEPS:
+            return True
+    return False
+
+
 def kill_within_an_epoch(run) -> None:
-    """Start the stage in a process of its own and kill it once a checkpoint of an epoch's middle is whole."""
-    partial = run.folder / "camembert_title.partial" / "checkpoints"
-    process = start_stage()
-    wait_for(lambda: [path for path in partial.glob("checkpoint-*/trainer_state.json")
-                      if (state := h.read_json(path)) and state["global_step"] > STEPS
-                      and state["global_step"] % STEPS], process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (run.folder / "camembert_title").exists()
+    """Make the stage in a process of its own, and kill that once such a checkpoint is whole."""
+    process = elsewhere.start(h.stage, run, "camembert_title")
+    elsewhere.wait_for(checkpoint_within_an_epoch, process)
+    process.kill()
+    assert elsewhere.ended(process) == -signal.SIGKILL and len(partials()) == 1
 
 
 @pytest.fixture
 def prepared(make_run):
     """A run whose text is there, for the stage that is going to be killed."""
     run = make_run(**EPOCHS)
-    h.split_stage(run)
-    h.text_stage(run)
+    h.stage(run, "splits")
+    h.stage(run, "text")
     return run
 
 
 def features_of(run) -> tuple[torch.Tensor, pd.DataFrame]:
     folder = h.read_stage(run, "camembert_title")
     ids = h.read_split(run)["product_id"]
-    return h.load_tensors(folder / "features.safetensors", ids)["features"], pd.read_csv(folder / "curve.csv")
+    features = h.load_tensors(folder / "features.safetensors", ids)["features"]
+    return features, pd.read_csv(folder / "curve.csv")
 
 
-def test_stage_killed_within_an_epoch_ends_where_an_uninterrupted_one_does(prepared, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_stage_killed_within_an_epoch_ends_where_an_uninterrupted_one_does(prepared, tmp_path,
+                                                                           monkeypatch):
     kill_within_an_epoch(prepared)
     steps = []
-    on_step_end = h.StudyCallback.on_step_end
+    on_step_end = StudyCallback.on_step_end
 
     def count(self, args, state, control, **more):
         steps.append(state.global_step)
         on_step_end(self, args, state, control, **more)
 
-    monkeypatch.setattr(h.StudyCallback, "on_step_end", count)
-    h.text_encoder_stage(prepared, "camembert", "title")
+    monkeypatch.setattr(StudyCallback, "on_step_end", count)
+    folder = h.stage(prepared, "camembert_title")
     resumed, curve = features_of(prepared)
-    assert steps[0] > STEPS and steps[0] % STEPS != 1 and steps[-1] == 5 * STEPS  # goes on within an epoch
-    assert curve["epoch"].tolist() == [1, 2, 3, 4, 5]  # the curve is whole
-    assert not list(prepared.folder.glob("*.partial")) and not list(prepared.folder.rglob("checkpoints"))
+    assert steps[0] > STEPS and steps[0] % STEPS != 1  # it goes on within an epoch
+    assert steps[-1] == 5 * STEPS and curve["epoch"].tolist() == [1, 2, 3, 4, 5]
+    assert not partials() and not list(folder.rglob("checkpoints"))
 
     monkeypatch.setenv("STUDY_RUNS", str(tmp_path / "uninterrupted"))
-    h.split_stage(prepared)
-    h.text_stage(prepared)
     steps.clear()
-    h.text_encoder_stage(prepared, "camembert", "title")
+    for name in ("splits", "text", "camembert_title"):
+        h.stage(prepared, name)
     whole, whole_curve = features_of(prepared)
     assert steps[0] == 1
     assert_frame_equal(curve, whole_curve, rtol=1e-6, atol=1e-6)  # training losses too
     assert torch.allclose(resumed, whole, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_checkpoint_cut_off_in_mid_write_does_not_stop_the_study(tmp_path, monkeypatch):
-    """The Trainer writes the weights first and trainer_state.json last; a kill between them leaves only the weights."""
+    """The Trainer writes weights first and trainer_state.json last; a kill between them leaves
+    only the weights.
+    """
     def cut(self, path):
         if path.endswith("checkpoint-16/trainer_state.json"):
             raise Killed
         save(self, path)
 
-    save = h.transformers.TrainerState.save_to_json
+    save = TrainerState.save_to_json
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(h.transformers.TrainerState, "save_to_json", cut)
+        patch.setattr(TrainerState, "save_to_json", cut)
         train(tmp_path)
     assert (tmp_path / "checkpoints" / "checkpoint-16").is_dir()
     _, curve, _ = train(tmp_path)
     assert curve["epoch"].tolist() == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("file", h.CHECKPOINT_FILES)
+@pytest.mark.slow
+@pytest.mark.parametrize("file", CHECKPOINT_FILES)
 def test_checkpoint_that_lacks_a_file_is_not_resumed_from(tmp_path, monkeypatch, file):
     """A kill while a checkpoint is removed leaves some of its files; the one before it is whole."""
     _, whole, _ = train(tmp_path / "whole")
-    begin = h.StudyCallback.on_epoch_begin
+    begin = StudyCallback.on_epoch_begin
 
     def stop(self, args, state, control, **more):
         if state.global_step == 24:
@@ -412,7 +483,7 @@ def test_checkpoint_that_lacks_a_file_is_not_resumed_from(tmp_path, monkeypatch,
         begin(self, args, state, control, **more)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(h.StudyCallback, "on_epoch_begin", stop)
+        patch.setattr(StudyCallback, "on_epoch_begin", stop)
         train(tmp_path)
     newest = tmp_path / "checkpoints" / "checkpoint-24"
     (newest / file).unlink()
@@ -420,27 +491,29 @@ def test_checkpoint_that_lacks_a_file_is_not_resumed_from(tmp_path, monkeypatch,
     assert_frame_equal(curve, whole, rtol=1e-6)
 
 
-@pytest.mark.parametrize("step", ["text_features", "write_json"])  # the last file is the manifest
-def test_stop_after_the_last_epoch_loses_no_training(prepared, monkeypatch, step):
-    def stop(*args):
-        if step == "text_features" or args[0].name == "manifest.json":
-            raise Killed
-        return real(*args)
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["helpers.text_vectors", "engine.stages.peak_memory_gb"])
+def test_stop_after_the_last_epoch_loses_no_training(make_run, monkeypatch, place):
+    def stop(*_):
+        raise Killed
 
-    real = getattr(h, step)
+    run = make_run()
+    for name in ("splits", "text"):
+        h.stage(run, name)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(h, step, stop)
-        h.text_encoder_stage(prepared, "camembert", "title")
-    folder = prepared.folder / "camembert_title.partial"
-    trained, curve = h.load_file(folder / "trained.safetensors"), pd.read_csv(folder / "curve.csv")
+        patch.setattr(place, stop)
+        h.stage(run, "camembert_title")
+    (folder,) = partials()
+    trained = h.load_file(folder / "trained.safetensors")
+    curve = pd.read_csv(folder / "curve.csv")
     monkeypatch.setattr(h, "StudyTrainer", lambda *_, **__: pytest.fail("trained again"))
-    h.text_encoder_stage(prepared, "camembert", "title")
-    features, again = features_of(prepared)
+    h.stage(run, "camembert_title")
+    features, again = features_of(run)
     assert_frame_equal(curve, again)
-    model, tokenizer = h.load_checkpoint(str(h.read_stage(prepared, "camembert_title") / "encoder"), 32)
+    model, _ = h.load_checkpoint(str(h.read_stage(run, "camembert_title") / "encoder"), 32)
     assert torch.equal(model.embeddings.word_embeddings.weight,
                        trained["encoder.model.embeddings.word_embeddings.weight"])
-    assert not list(prepared.folder.rglob("trained.*")) and features.std() > 0
+    assert not list(runs_folder().rglob("trained.*")) and features.std() > 0
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -448,8 +521,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         self.touch()
         raise OSError(28, "No space left on device")
 
-    h.write_json(tmp_path / "recipe.json", {"old": 1})
+    write_json(tmp_path / "recipe.json", {"old": 1})
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="No space left"):
-        h.write_json(tmp_path / "recipe.json", {"new": 2})
-    assert h.read_json(tmp_path / "recipe.json") == {"old": 1}
+        write_json(tmp_path / "recipe.json", {"new": 2})
+    assert read_json(tmp_path / "recipe.json") == {"old": 1}

@@ -1,4 +1,7 @@
-"""Fusion: Z, the reduction of P, the heads and equation (1) against numbers worked by hand or in numpy."""
+"""Fusion: Z, the reduction of P, the heads and equation (1) against numbers worked by hand or in
+numpy.
+"""
+import inspect
 import itertools
 
 import numpy as np
@@ -6,7 +9,9 @@ import pandas as pd
 import pytest
 import torch
 from pandas.testing import assert_frame_equal
+from safetensors.torch import load_file
 from sklearn.metrics import f1_score
+from torch.nn.functional import adaptive_max_pool1d, conv1d, cross_entropy
 
 import helpers as h
 
@@ -23,12 +28,16 @@ def rows_of(n: int, seed: int = 0, widths: dict = WIDTHS) -> dict[str, torch.Ten
 
 def model_of(text: str, final: str, seed: int = 0, **more) -> h.HierarchicalFusion:
     torch.manual_seed(seed)
-    return h.HierarchicalFusion(WIDTHS, h.Variant(text, final, more.pop("head", "basic")), CLASSES, **more).eval()
+    variant = h.Variant(text, final, more.pop("head", "basic"))
+    return h.HierarchicalFusion(WIDTHS, variant, CLASSES, **more).eval()
 
 
-# --- Z ------------------------------------------------------------------------------------------------
+# --- Z --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("how, expected", [
-    ("add", [[6, -1], [3, 9]]), ("average", [[3, -0.5], [1.5, 4.5]]), ("concat", [[1, 2, 5, -3], [0, 4, 3, 5]])])
+    ("add", [[6, -1], [3, 9]]),
+    ("average", [[3, -0.5], [1.5, 4.5]]),
+    ("concat", [[1, 2, 5, -3], [0, 4, 3, 5]]),
+])
 def test_fuse_as_worked_by_hand(how, expected):
     a, b = torch.tensor([[1.0, 2.0], [0.0, 4.0]]), torch.tensor([[5.0, -3.0], [3.0, 5.0]])
     assert h.fuse(how, a, b).tolist() == expected
@@ -39,11 +48,12 @@ def test_unknown_fusion_is_named_with_the_known_ones():
         h.fuse("multiply", torch.zeros(1, 2), torch.zeros(1, 2))
 
 
-# --- reduction of P, heads ----------------------------------------------------------------------------
+# --- reduction of P, heads ------------------------------------------------------------------------
 def test_image_reduction_as_worked_by_hand():
     reduction = h.ImageReduction(4, channels=2)
+    itself, left_minus_right = [[0.0, 1.0, 0.0]], [[1.0, 0.0, -1.0]]
     with torch.no_grad():
-        reduction.conv.weight[:] = torch.tensor([[[0.0, 1.0, 0.0]], [[1.0, 0.0, -1.0]]])  # itself; left minus right
+        reduction.conv.weight[:] = torch.tensor([itself, left_minus_right])
         reduction.conv.bias[:] = torch.tensor([0.0, 10.0])
     found = reduction(torch.tensor([[1.0, 5.0, 2.0, -4.0]]))
     # channel 1: max(1, 5), max(2, -4). channel 2: 10 + (0-5, 1-2, 5+4, 2-0) = 5, 9, 19, 12
@@ -60,11 +70,22 @@ def test_image_reduction_gives_the_text_vectors_width(width):
 @pytest.mark.parametrize("width", [60, 768])
 def test_image_reduction_is_a_convolution_and_a_max_pool(width):
     reduction, image = h.ImageReduction(width), torch.randn(5, 512)
-    expected = reduction.pool(reduction.conv(image[:, None])).flatten(1)
+    weights = list(reduction.parameters())
+    channels = conv1d(image[:, None], reduction.conv.weight, reduction.conv.bias, padding=1)
+    expected = adaptive_max_pool1d(channels, width // 4).flatten(1)
     assert torch.allclose(reduction(image), expected, atol=1e-6)
-    gradients = [torch.autograd.grad(found.square().sum(), list(reduction.parameters())) for found in
-                 (reduction(image), expected)]
-    assert all(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4) for ours, theirs in zip(*gradients))
+    ours, theirs = (torch.autograd.grad(reduced.square().sum(), weights)
+                    for reduced in (reduction(image), expected))
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(ours, theirs))
+
+
+def test_image_reduction_says_what_the_paper_says():
+    """A Conv1d and a max-pool, in one line that a reader of section III.C knows again."""
+    reduction = h.ImageReduction(8)
+    assert isinstance(reduction.conv, torch.nn.Conv1d)
+    assert isinstance(reduction.pool, torch.nn.AdaptiveMaxPool1d)
+    body = inspect.getsource(h.ImageReduction.forward).strip().splitlines()[1:]
+    assert body == ["        return self.pool(self.conv(image[:, None])).flatten(1)"]
 
 
 def test_width_that_the_channels_do_not_divide_is_refused():
@@ -73,16 +94,19 @@ def test_width_that_the_channels_do_not_divide_is_refused():
 
 
 @pytest.mark.parametrize("head, expected", [
-    ("basic", ["Linear 40 512", "ReLU", "Linear 512 256", "ReLU", "Linear 256 27"]),
-    ("dropout", ["Dropout 0.3", "Linear 40 512", "ReLU", "Linear 512 256", "ReLU", "Linear 256 27"]),
-    ("layers", ["Linear 40 512", "ReLU", "Linear 512 256", "ReLU", "Dropout 0.3", "Linear 256 256", "ReLU",
-                "Linear 256 27"])])
+    ("basic", "Linear 40 512, ReLU, Linear 512 256, ReLU, Linear 256 27"),
+    ("dropout", "Dropout 0.3, Linear 40 512, ReLU, Linear 512 256, ReLU, Linear 256 27"),
+    ("layers", "Linear 40 512, ReLU, Linear 512 256, ReLU, Dropout 0.3, Linear 256 256, ReLU, "
+               "Linear 256 27"),
+])
 def test_layers_of_the_heads(head, expected):
-    def say(layer):
-        sizes = {"Linear": lambda: f" {layer.in_features} {layer.out_features}", "Dropout": lambda: f" {layer.p}"}
-        return type(layer).__name__ + sizes.get(type(layer).__name__, str)()
+    def say(layer: torch.nn.Module) -> str:
+        name = type(layer).__name__
+        if name == "Linear":
+            return f"{name} {layer.in_features} {layer.out_features}"
+        return f"{name} {layer.p}" if name == "Dropout" else name
 
-    assert [say(layer) for layer in h.make_head(40, 27, head, 0.3)] == expected
+    assert ", ".join(say(layer) for layer in h.make_head(40, 27, head, 0.3)) == expected
 
 
 def test_unknown_head_is_named():
@@ -90,27 +114,35 @@ def test_unknown_head_is_named():
         h.make_head(40, 27, "deep", 0.3)
 
 
-# --- equation (1) -------------------------------------------------------------------------------------
+# --- equation (1) ---------------------------------------------------------------------------------
+def numpy_reduction(image: np.ndarray, kernel: np.ndarray, bias: np.ndarray,
+                    width: int) -> np.ndarray:
+    """P [N, p] as [N, width]: a convolution and a max-pool, without torch."""
+    size, pieces = image.shape[1], width // len(kernel)
+    padded = np.pad(image, ((0, 0), (1, 1)))
+    # Adaptive pooling: piece i begins at floor(i * size / pieces) and ends at the next one's ceil.
+    bounds = [(i * size // pieces, -(-(i + 1) * size // pieces)) for i in range(pieces)]
+    reduced = []
+    for weights, shift in zip(kernel, bias):
+        line = np.stack([padded[:, i:i + 3] @ weights for i in range(size)], 1) + shift
+        reduced += [line[:, a:b].max(1) for a, b in bounds]
+    return np.stack(reduced, 1)
+
+
 def numpy_forward(model, x, text: str, final: str) -> np.ndarray:
     """Logits of equation (1) from the model's weights, without torch."""
-    z = {"add": lambda a, b: a + b, "average": lambda a, b: (a + b) / 2,
+    z = {"add": lambda a, b: a + b,
+         "average": lambda a, b: (a + b) / 2,
          "concat": lambda a, b: np.concatenate([a, b], 1)}
     w = {name: value.numpy().astype(np.float64) for name, value in model.state_dict().items()}
     x = {name: (rows.numpy() - w[f"mean_{name}"]) / w[f"std_{name}"] for name, rows in x.items()}
     y = z[text](z[text](x["T_f"], x["D_f"]), z[text](x["T_c"], x["D_c"]))
     kernel, bias = w["reduce_image.conv.weight"][:, 0], w["reduce_image.conv.bias"]
-    padded, n, size = np.pad(x["P"], ((0, 0), (1, 1))), len(y), x["P"].shape[1]
-    pieces, reduced = y.shape[1] // 4, []
-    for channel in range(4):
-        line = np.stack([padded[:, i:i + 3] @ kernel[channel] for i in range(size)], 1) + bias[channel]
-        bounds = [(i * size // pieces, -(-(i + 1) * size // pieces)) for i in range(pieces)]  # adaptive pooling
-        reduced += [line[:, a:b].max(1) for a, b in bounds]
-    y = z[final](np.stack(reduced, 1), y)
+    y = z[final](numpy_reduction(x["P"], kernel, bias, y.shape[1]), y)
     layers = sorted({int(name.split(".")[1]) for name in w if name.startswith("classify")})
     for i in layers:
         y = y @ w[f"classify.{i}.weight"].T + w[f"classify.{i}.bias"]
         y = y if i == layers[-1] else np.maximum(y, 0)
-    assert y.shape[0] == n
     return y
 
 
@@ -118,9 +150,9 @@ def numpy_forward(model, x, text: str, final: str) -> np.ndarray:
 def test_logits_equal_equation_1_in_numpy(text, final):
     model, x = model_of(text, final), rows_of(6)
     model.fit_scale(rows_of(50, seed=3))
-    found = h.predict_fusion(model, x)
-    assert found.shape == (6, CLASSES)
-    assert np.allclose(found.numpy(), numpy_forward(model, x, text, final), rtol=1e-4, atol=1e-5)
+    logits = h.predict_fusion(model, x)
+    assert logits.shape == (6, CLASSES)
+    assert np.allclose(logits, numpy_forward(model, x, text, final), rtol=1e-4, atol=1e-5)
 
 
 @pairs
@@ -135,7 +167,8 @@ def test_widths_are_d_or_4d_and_twice_that_after_a_final_concat(text, final):
 def test_title_and_description_may_be_exchanged_under_addition_only(text, same):
     model, x = model_of(text, "add"), rows_of(6)
     swapped = {**x, "T_f": x["D_f"], "D_f": x["T_f"]}
-    assert torch.allclose(h.predict_fusion(model, x), h.predict_fusion(model, swapped), atol=1e-5) is same
+    logits = [h.predict_fusion(model, rows) for rows in (x, swapped)]
+    assert torch.allclose(*logits, atol=1e-5) is same
 
 
 @pairs
@@ -147,24 +180,25 @@ def test_every_representation_counts(text, final):
 
 
 def test_variants_of_the_tables_have_names_of_their_own():
-    names = [h.Variant(text, final, head, standardise).name for text, final in PAIRS for head in h.HEADS
-             for standardise in (True, False)]
-    assert len(set(names)) == 9 * 3 * 2
+    choices = itertools.product(PAIRS, h.HEADS, (True, False))
+    names = {h.Variant(*pair, head, standardise).name for pair, head, standardise in choices}
+    assert len(names) == 9 * 3 * 2
     assert h.Variant("concat", "add").name == "concat-add"
     assert h.Variant("average", "average", "dropout", False).name == "average-average-dropout-raw"
 
 
-# --- standardisation, projection ----------------------------------------------------------------------
+# --- standardisation, projection ------------------------------------------------------------------
 def test_fit_scale_gives_mean_0_and_deviation_1_on_the_training_rows():
     model, x = model_of("concat", "concat"), rows_of(40)
     x["P"] = 100 + 30 * x["P"]
     x["T_c"][:, 2] = 7.0  # a constant column is only centred
     model.fit_scale(x)
     for name, rows in x.items():
-        found = model.prepare(name, rows).numpy()
-        constant = np.arange(found.shape[1]) == 2 if name == "T_c" else np.zeros(found.shape[1], bool)
-        assert np.allclose(found.mean(0), 0, atol=1e-5)
-        assert np.allclose(found.std(0, ddof=1), np.where(constant, 0, 1), atol=1e-5)
+        scaled = model.prepare(name, rows).numpy()
+        deviations = np.ones(rows.shape[1])
+        deviations[2] = 0 if name == "T_c" else 1
+        assert np.allclose(scaled.mean(0), 0, atol=1e-5)
+        assert np.allclose(scaled.std(0, ddof=1), deviations, atol=1e-5)
     assert model.prepare("T_c", torch.full((1, D), 9.0))[0, 2].item() == pytest.approx(2.0)
 
 
@@ -172,7 +206,8 @@ def test_scale_is_kept_with_the_model():
     model, other = model_of("add", "add"), model_of("add", "add", seed=1)
     model.fit_scale({name: 5 + rows for name, rows in rows_of(40).items()})
     other.load_state_dict(model.state_dict())
-    assert torch.equal(h.predict_fusion(model, rows_of(3)), h.predict_fusion(other, rows_of(3)))
+    x = rows_of(3)
+    assert torch.equal(h.predict_fusion(model, x), h.predict_fusion(other, x))
 
 
 def test_without_fit_scale_nothing_is_scaled():
@@ -195,48 +230,53 @@ def test_projected_texts_meet_in_the_widest_width(text, width):
     model = h.HierarchicalFusion(UNLIKE, h.Variant(text, "add"), CLASSES, project=True).eval()
     x = rows_of(3, widths=UNLIKE)
     layer = model.projections["T_c"]
+    projected = x["T_c"] @ layer.weight.T + layer.bias
     assert model.prepare("T_c", x["T_c"]).shape == (3, 12)
-    assert torch.allclose(model.prepare("T_c", x["T_c"]), x["T_c"] @ layer.weight.T + layer.bias, atol=1e-6)
-    assert model.classify[0].in_features == width and h.predict_fusion(model, x).shape == (3, CLASSES)
+    assert torch.allclose(model.prepare("T_c", x["T_c"]), projected, atol=1e-6)
+    assert model.classify[0].in_features == width
+    assert h.predict_fusion(model, x).shape == (3, CLASSES)
     assert len(model_of("add", "add").projections) == 0
 
 
-# --- training -----------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 def labelled(n: int, seed: int, noise: float = 1.0):
     """Representations that hold the label: (representations, labels)."""
     labels = torch.tensor(np.random.default_rng(seed).integers(0, CLASSES, n))
-    centres = rows_of(CLASSES, seed=99)
-    return {name: centres[name][labels] + noise * rows for name, rows in rows_of(n, seed).items()}, labels
+    centres, x = rows_of(CLASSES, seed=99), rows_of(n, seed)
+    return {name: centres[name][labels] + noise * rows for name, rows in x.items()}, labels
 
 
-def fit(seed: int = 0, epochs: int = 4, head: str = "basic", noise: float = 1.0, lr: float = 1e-3):
-    model = model_of("average", "average", seed, head=head)
+def fit(seed: int = 0, epochs: int = 4, noise: float = 1.0, lr: float = 1e-3):
+    model = model_of("average", "average", seed)
     (train, labels), (val, val_labels) = labelled(120, 1, noise), labelled(60, 2, noise)
     x = {name: torch.cat([val[name], train[name]]) for name in val}
-    curve = h.train_fusion(model, x, torch.cat([val_labels, labels]), torch.arange(60, 180), torch.arange(60),
-                           epochs=epochs, batch=32, lr=lr, seed=seed, label="test")
+    y = torch.cat([val_labels, labels])
+    curve = h.train_fusion(model, x, y, torch.arange(60, 180), torch.arange(60), epochs=epochs,
+                           batch=32, lr=lr, seed=seed, label="test")
     return model, curve
 
 
 def test_one_step_returns_the_loss_before_it_and_lowers_it():
     model, (x, y) = model_of("concat", "average"), labelled(32, 0)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    before = torch.nn.functional.cross_entropy(model(**x), y).item()
+    before = cross_entropy(model(**x), y).item()
     assert h.train_step(model, optimizer, x, y) == pytest.approx(before, rel=1e-5)
-    after = torch.nn.functional.cross_entropy(model(**x), y).item()
+    after = cross_entropy(model(**x), y).item()
     assert after < before
     assert h.train_step(model, optimizer, x, y) == pytest.approx(after, rel=1e-5)
 
 
 def test_training_learns_and_leaves_the_best_epoch():
-    model, curve = fit(epochs=12, noise=4.0, lr=5e-3)  # noisy and restless: the last epoch is not the best
+    # Noisy and restless, so that the last epoch is not the best.
+    model, curve = fit(epochs=12, noise=4.0, lr=5e-3)
     x, y = labelled(60, 2, 4.0)
-    found = h.predict_fusion(model, x)
+    logits = h.predict_fusion(model, x)
     best = curve.loc[curve["val_macro_f1"].idxmax()]
-    assert curve["epoch"].tolist() == list(range(1, 13)) and curve["train_loss"].iloc[-1] < curve["train_loss"].iloc[0]
+    assert curve["epoch"].tolist() == list(range(1, 13))
+    assert curve["train_loss"].iloc[-1] < curve["train_loss"].iloc[0]
     assert best["val_macro_f1"] > curve["val_macro_f1"].iloc[-1]
-    assert f1_score(y, found.argmax(1), average="macro") == pytest.approx(best["val_macro_f1"])
-    assert torch.nn.functional.cross_entropy(found, y).item() == pytest.approx(best["val_loss"], rel=1e-5)
+    assert f1_score(y, logits.argmax(1), average="macro") == pytest.approx(best["val_macro_f1"])
+    assert cross_entropy(logits, y).item() == pytest.approx(best["val_loss"], rel=1e-5)
 
 
 def test_separable_classes_are_learnt():
@@ -246,7 +286,8 @@ def test_separable_classes_are_learnt():
 def test_same_seed_same_numbers_other_seed_others():
     (first, a), (second, b), (_, other) = fit(1), fit(1), fit(2)
     assert_frame_equal(a, b)
-    assert all(torch.equal(x, y) for x, y in zip(first.state_dict().values(), second.state_dict().values()))
+    weights = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    assert all(torch.equal(x, y) for x, y in weights)
     assert not np.allclose(a["val_loss"], other["val_loss"], rtol=1e-3)
 
 
@@ -254,29 +295,37 @@ def test_same_seed_same_numbers_other_seed_others():
 def test_dropout_is_off_in_prediction_and_on_in_training(head):
     model, x = model_of("add", "add", head=head).train(), rows_of(20)
     assert not torch.equal(model(**x), model(**x))
-    assert torch.equal(h.predict_fusion(model, x), h.predict_fusion(model, x)) and not model.training
+    assert torch.equal(h.predict_fusion(model, x), h.predict_fusion(model, x))
+    assert not model.training
 
 
-# --- the stage ----------------------------------------------------------------------------------------
+# --- the stage ------------------------------------------------------------------------------------
 def features_of(split: pd.DataFrame, place: int, symbol: str) -> torch.Tensor:
-    return rows_of(len(split), seed=place)[symbol] + torch.tensor(split["label_id"].to_numpy())[:, None].float() / 5
+    """Random numbers that lean towards the label."""
+    labels = torch.tensor(split["label_id"].to_numpy())
+    return rows_of(len(split), seed=place)[symbol] + labels[:, None].float() / 5
 
 
 @pytest.fixture
-def featured(make_run):
-    """A run whose five feature stages are random numbers, so that fusion can be trained without encoders."""
+def featured(make_run, fake_stage):
+    """A run whose five feature stages are random numbers, so that fusion can be trained without
+    encoders.
+    """
     def prepare(**settings):
         run = make_run(**settings)
-        h.split_stage(run)
+        h.stage(run, "splits")
         split = h.read_split(run)
-        for place, (symbol, name) in enumerate(h.REPRESENTATIONS.items()):
-            values = features_of(split, place, symbol)
+        features = {name: features_of(split, place, symbol)
+                    for place, (symbol, name) in enumerate(h.REPRESENTATIONS.items())}
 
-            def build(out):
-                order = np.random.default_rng(0).permutation(len(split))  # keyed by product id, never by position
-                h.save_tensors(out / "features.safetensors", split["product_id"].iloc[order], features=values[order])
+        def build(run, name, folder):
+            order = np.random.default_rng(0).permutation(len(split))  # the product id is the key
+            h.save_tensors(folder / "features.safetensors", split["product_id"].iloc[order],
+                           features=features[name][order])
 
-            h.stage(run, name, build, inputs={"place": str(place)})
+        for name in features:
+            fake_stage(name, build)
+            h.stage(run, name)
         return run, split
 
     return prepare
@@ -285,30 +334,33 @@ def featured(make_run):
 def test_representations_come_in_the_order_of_the_products(featured):
     run, split = featured()
     ids = split["product_id"].iloc[[9, 2, 30]]
-    found = h.read_representations(run, ids)
+    x = h.read_representations(run, ids)
     for place, symbol in enumerate(["T_c", "D_c", "T_f", "D_f", "P"]):
-        assert torch.equal(found[symbol], features_of(split, place, symbol)[[9, 2, 30]])
+        assert torch.equal(x[symbol], features_of(split, place, symbol)[[9, 2, 30]])
 
 
 @pytest.mark.parametrize("standardise", [True, False])
 def test_stage_trains_on_the_training_part_and_its_model_loads(featured, standardise):
     run, split = featured()
     variant = h.Variant("average", "average", standardise=standardise)
-    folder = h.fusion_stage(run, variant)
-    saved = h.load_file(folder / "model.safetensors")
+    folder = h.stage(run, f"fusion-{variant.name}")
+    saved = load_file(folder / "model.safetensors")
     training = h.read_representations(run, split.loc[split["part"] == "train", "product_id"])
     expected = training["P"].mean(0) if standardise else torch.zeros(P_WIDTH)
     assert torch.allclose(saved["mean_P"], expected, atol=1e-5)
     val = split[split["part"] == "val"]
-    found = h.fusion_probabilities(run, variant, h.read_representations(run, val["product_id"]))
-    assert found.shape == (len(val), 27) and torch.allclose(found.sum(1), torch.ones(len(val)), atol=1e-5)
+    x = h.read_representations(run, val["product_id"])
+    probabilities = h.fusion_probabilities(run, variant, x)
+    assert probabilities.shape == (len(val), 27)
+    assert torch.allclose(probabilities.sum(1), torch.ones(len(val)), atol=1e-5)
     curve = pd.read_csv(folder / "curve.csv")
-    accuracy = (found.argmax(1).numpy() == val["label_id"].to_numpy()).mean()
+    accuracy = (probabilities.argmax(1).numpy() == val["label_id"].to_numpy()).mean()
     assert accuracy == pytest.approx(curve.loc[curve["val_macro_f1"].idxmax(), "val_accuracy"])
-    assert sorted(path.name for path in folder.iterdir()) == ["curve.csv", "manifest.json", "model.safetensors"]
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["curve.csv", "manifest.json", "model.safetensors"]
 
 
 def test_setting_standardise_reaches_the_variants(featured):
     run, _ = featured(standardise=False)
-    saved = h.load_file(h.fusion_stage(run, h.Variant("add", "add")) / "model.safetensors")
+    saved = load_file(h.stage(run, "fusion-add-add") / "model.safetensors")
     assert (saved["mean_P"] == 0).all() and (saved["std_P"] == 1).all()

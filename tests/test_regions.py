@@ -1,6 +1,7 @@
 """Regions: tiles against slicing, and P of equation (2) against a loop over the tiles."""
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import helpers as h
 
@@ -21,7 +22,8 @@ def test_the_papers_picture_gives_256_tiles_of_14_pixels():
     assert tiles.shape == (1, 256, 3, 14, 14)
     assert torch.equal(tiles[0, 0], pictures[0, :, :14, :14])
     assert torch.equal(tiles[0, 255], pictures[0, :, 210:, 210:])
-    assert tiles.mean().item() == pytest.approx(pictures.mean().item(), rel=1e-5)  # nothing lost, nothing twice
+    # Nothing is lost, nothing stands there twice.
+    assert tiles.mean().item() == pytest.approx(pictures.mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("height, width", [(225, 224), (224, 225), (15, 15)])
@@ -48,27 +50,30 @@ def loop_over_tiles(encoder, pictures, grid):
 @torch.no_grad()
 @pytest.mark.parametrize("grid, side", [(4, 56), (2, 28)])
 def test_regional_features_equal_a_loop(encoder, grid, side):
-    pictures = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8, generator=draw)
     expected = loop_over_tiles(encoder, pictures, grid)
     found = h.regional_features(encoder, pictures, grid)
     assert found.shape == (3, 512)
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
-    assert torch.equal(h.RegionEncoder(encoder, grid)(pixels=pictures), found)
-    whole = encoder(pictures)
-    assert (whole - found).abs().mean() > 0.01 * found.abs().mean()  # not the whole picture's vector
+    whole = encoder(pictures)  # another vector
+    assert (whole - found).abs().mean() > 0.01 * found.abs().mean()
 
 
 @pytest.fixture
-def encoded(make_run):
-    """A function that makes a run whose `seresnext` stage holds random weights, with nothing trained."""
-    def build(out):
+def encoded(make_run, fake_stage):
+    """A function that makes a run whose `seresnext` stage holds random weights, with nothing
+    trained.
+    """
+    def build(run, name, folder):
         torch.manual_seed(0)
-        h.save_file(h.ImageEncoder("small").state_dict(), out / "encoder.safetensors")
+        save_file(h.ImageEncoder("small").state_dict(), folder / "encoder.safetensors")
 
     def prepare(**settings):
         run = make_run(image_size=32, region_size=48, grid=4, image_batch=7, **settings)
-        h.split_stage(run)
-        h.stage(run, "seresnext", build)
+        fake_stage("seresnext", build)
+        h.stage(run, "splits")
+        h.stage(run, "seresnext")
         return run
 
     return prepare
@@ -76,7 +81,7 @@ def encoded(make_run):
 
 def features(run, name):
     ids = h.read_split(run)["product_id"]
-    return h.load_tensors(h.image_features_stage(run, name) / "features.safetensors", ids)["features"]
+    return h.load_tensors(h.stage(run, name) / "features.safetensors", ids)["features"]
 
 
 @torch.no_grad()

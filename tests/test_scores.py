@@ -1,29 +1,40 @@
-"""Scores and tables: metrics against hand-worked counts and scikit-learn, intervals, the paper's rows."""
+"""Scores and tables: metrics against hand-worked counts and scikit-learn, intervals, the paper's
+rows, two runs compared.
+"""
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
 import torch
+from safetensors.torch import save_file
 from sklearn.metrics import classification_report
 
 import helpers as h
-import run as study
+from commands.plan import stage_names
+from engine.runs import runs_folder
 
 # Six rows of three classes: class 0 has 2 of 3 right, class 1 has 1 of 2, class 2 has 1 of 1.
 TRUTH, PREDICTED = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2]
+ENCODERS_ALONE = ["CamemBERT description", "CamemBERT title", "FlauBERT description",
+                  "FlauBERT title", "SE-ResNeXt-50"]
 ROWS_OF_TABLES = {
-    "I": ["CamemBERT description", "CamemBERT title", "FlauBERT description", "FlauBERT title", "SE-ResNeXt-50"],
+    "I": ENCODERS_ALONE,
     "II": ["text concat + final concat", "text concat + final add", "text concat + final average",
            "text average + final average"],
     "III": ["basic (average + average)", "with dropout", "with more layers"],
-    "IV": ["CamemBERT description", "CamemBERT title", "FlauBERT description", "FlauBERT title", "SE-ResNeXt-50"],
+    "IV": ENCODERS_ALONE,
     "V": ["text concat + final add", "text concat + final concat", "text concat + final average",
           "text average + final average"]}
-SOME_NUMBERS = [("I", 3, 92.31, 90.32), ("I", 4, 59.25, 54.30), ("II", 3, 93.20, 92.67), ("III", 1, 92.49, 90.00),
-                ("IV", 0, 86.40, 83.13), ("V", 0, 91.97, 89.39), ("V", 3, 92.25, 89.94)]
-MODELS = {"CamemBERT description": "camembert_description", "text concat + final add": "concat-add",
-          "SE-ResNeXt-50": "seresnext", "with more layers": "average-average-layers",
-          "basic (average + average)": "average-average"}
+SOME_NUMBERS = [
+    ("I", 3, 92.31, 90.32), ("I", 4, 59.25, 54.30), ("II", 3, 93.20, 92.67),
+    ("III", 1, 92.49, 90.00), ("IV", 0, 86.40, 83.13), ("V", 0, 91.97, 89.39),
+    ("V", 3, 92.25, 89.94)]
+MODELS = {
+    "CamemBERT description": "camembert_description",
+    "text concat + final add": "concat-add",
+    "SE-ResNeXt-50": "seresnext",
+    "with more layers": "average-average-layers",
+    "basic (average + average)": "average-average"}
 
 
 def random_rows(n: int, classes: int = 7, seed: int = 0, right: float = 0.6):
@@ -34,8 +45,9 @@ def random_rows(n: int, classes: int = 7, seed: int = 0, right: float = 0.6):
 
 def test_score_as_worked_by_hand():
     f1 = [2 * 2 / (3 + 2), 2 * 1 / (2 + 2), 2 * 1 / (1 + 2)]  # 2 * hits / (true + predicted)
+    weighted = (3 * f1[0] + 2 * f1[1] + f1[2]) / 6
     assert h.score(TRUTH, PREDICTED) == pytest.approx({
-        "accuracy": 4 / 6, "macro_f1": sum(f1) / 3, "weighted_f1": (3 * f1[0] + 2 * f1[1] + f1[2]) / 6})
+        "accuracy": 4 / 6, "macro_f1": sum(f1) / 3, "weighted_f1": weighted})
 
 
 def test_score_equals_scikit_learns_report():
@@ -58,14 +70,18 @@ def test_scores_of_a_confusion_equal_score_on_resampled_rows():
         rows = np.random.default_rng(seed).integers(0, 12, 40)  # some classes are missing
         cells = np.zeros((7, 7), int)
         np.add.at(cells, (truth[rows], predicted[rows]), 1)
-        assert h._scores_of_confusion(cells) == pytest.approx(tuple(h.score(truth[rows], predicted[rows]).values()))
+        expected = h.score(truth[rows], predicted[rows])
+        assert h._scores_of_confusion(cells) == pytest.approx(tuple(expected.values()))
 
 
 def test_bootstrap_equals_scipys_with_score_as_the_statistic():
+    def scores(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+        return np.array(list(h.score(truth, predicted).values()))
+
     truth, predicted = random_rows(40, seed=3)
     low, high = scipy.stats.bootstrap(
-        (truth, predicted), lambda a, b: np.array(list(h.score(a, b).values())), paired=True, vectorized=False,
-        n_resamples=80, rng=5, method="BCa").confidence_interval
+        (truth, predicted), scores, paired=True, vectorized=False, n_resamples=80, rng=5,
+        method="BCa").confidence_interval
     found = h.bootstrap(truth, predicted, 80, seed=5)
     assert list(found) == ["accuracy", "macro_f1", "weighted_f1"]
     assert np.allclose(list(found.values()), np.transpose([low, high]))
@@ -83,7 +99,8 @@ def test_interval_holds_the_score_and_shrinks_with_the_root_of_n():
         assert low < point[metric] < high
         assert (many[metric][1] - many[metric][0]) / (high - low) == pytest.approx(1 / 4, rel=0.25)
     width, p = few["accuracy"][1] - few["accuracy"][0], point["accuracy"]
-    assert width == pytest.approx(2 * 1.96 * np.sqrt(p * (1 - p) / 200), rel=0.15)  # the binomial half-width
+    half = 1.96 * np.sqrt(p * (1 - p) / 200)  # of the binomial interval
+    assert width == pytest.approx(2 * half, rel=0.15)
 
 
 def test_bootstrap_repeats_itself_and_depends_on_its_seed():
@@ -110,32 +127,34 @@ def test_score_row_is_in_percent_with_its_intervals(run):
     interval = h.bootstrap(truth, predicted, run.profile.bootstrap)
     assert (row["model"], row["n"]) == ("a model", 80)
     for metric in ("accuracy", "macro_f1", "weighted_f1"):
+        (low, high), value = interval[metric], point[metric]
         found = (row[f"{metric}_low"], row[metric], row[f"{metric}_high"])
-        assert found == pytest.approx((100 * interval[metric][0], 100 * point[metric], 100 * interval[metric][1]))
-    table = h.score_table([row])
-    assert table["accuracy"][0] == f"{row['accuracy']:.1f} [{row['accuracy_low']:.1f}, {row['accuracy_high']:.1f}]"
+        assert found == pytest.approx((100 * low, 100 * value, 100 * high))
+    ends = f"{row['accuracy_low']:.1f}, {row['accuracy_high']:.1f}"
+    assert h.score_table([row])["accuracy"][0] == f"{row['accuracy']:.1f} [{ends}]"
 
 
-# --- the paper's tables -------------------------------------------------------------------------------
+# --- the paper's tables ---------------------------------------------------------------------------
 @pytest.fixture
 def scores(run):
     """Our scores of every model, in another order than the paper's."""
-    rows = [h.score_row(model, *random_rows(30, seed=i), run) for i, model in
-            enumerate(sorted(set(h.OUR_MODEL.values()), reverse=True))]
-    return pd.DataFrame(rows)
+    models = sorted(set(h.OUR_MODEL.values()), reverse=True)
+    return pd.DataFrame([h.score_row(model, *random_rows(30, seed=i), run)
+                         for i, model in enumerate(models)])
 
 
 @pytest.mark.parametrize("number", ROWS_OF_TABLES)
 def test_table_has_the_papers_rows_in_its_order_with_our_scores_beside(scores, number):
-    table = h.paper_table(scores, number)
+    table, ours = h.paper_table(scores, number), scores.set_index("model")
     assert table["model"].tolist() == ROWS_OF_TABLES[number]
     for row in table.itertuples():
         if row.model in MODELS:
-            assert row.accuracy == scores.set_index("model").loc[MODELS[row.model], "accuracy"]
+            assert row.accuracy == ours.loc[MODELS[row.model], "accuracy"]
     assert h.TABLES[number] == ("90-10" if number in ("I", "II", "III") else "80-20")
     readable = h.readable_table(table)
     assert readable["model"].tolist() == ROWS_OF_TABLES[number]
-    assert readable["paper: accuracy"].tolist() == [f"{value:.2f}" for value in table["paper_accuracy"]]
+    quoted = [f"{value:.2f}" for value in table["paper_accuracy"]]
+    assert readable["paper: accuracy"].tolist() == quoted
 
 
 @pytest.mark.parametrize("number, row, accuracy, macro_f1", SOME_NUMBERS)
@@ -150,7 +169,7 @@ def test_unknown_table_is_refused(scores):
 
 
 def test_every_published_row_has_a_model_of_ours():
-    published = pd.read_csv(h.PUBLISHED).query("source == 'paper'")
+    published = h.load_published().query("source == 'paper'")
     assert len(published) == 21 and set(published["model"]) == set(h.OUR_MODEL)
     known = {*h.ENCODER_MODELS, *(variant.name for variant in h.TABLE_VARIANTS)}
     assert set(h.OUR_MODEL.values()) == known
@@ -161,10 +180,73 @@ def test_sample_is_never_called_rakuten(run):
     assert "Rakuten" in h.data_note(run) and "described" in h.data_note(run)
 
 
-# --- an encoder alone ---------------------------------------------------------------------------------
+# --- two runs -------------------------------------------------------------------------------------
+# What is right (1) and wrong (0) of eight test products, in each of two runs, of three models.
+RIGHT = {
+    "paper": {"concat-add": "11111110", "TF-IDF title": "10101010", "camembert_title": "00000000"},
+    "light": {"concat-add": "11110001", "TF-IDF title": "10101010", "camembert_title": "00001111"}}
+EIGHT = [1, 0, 2, 1, 0, 2, 1, 0]  # their classes
+
+
+def probabilities(right: str) -> np.ndarray:
+    """Probabilities [8, 27] whose largest is that of the true class, or of another one."""
+    predicted = [label if sign == "1" else label + 5 for label, sign in zip(EIGHT, right)]
+    found = np.full((8, 27), 0.01, np.float32)
+    found[range(8), predicted] = 0.74
+    return found
+
+
+@pytest.fixture
+def scored(make_run, fake_stage):
+    """A function that makes a run whose stage `scores` holds the predictions of RIGHT."""
+    def build(run, name, folder):
+        first = 100 * run.seed
+        predictions = {model: probabilities(right) for model, right
+                       in RIGHT[run.profile.clean].items()}
+        h.save_tensors(folder / "predictions.safetensors", range(first, first + 8),
+                       label_id=EIGHT, **predictions)
+
+    def prepare(**changes):
+        run = make_run(**changes)
+        fake_stage("scores", build)
+        h.stage(run, "scores")
+        return run
+
+    return prepare
+
+
+def test_two_runs_are_compared_as_counted_by_hand(scored):
+    table = h.compare(scored(), scored(clean="light"))
+    # Of the fusion: four both right, three only here, one only there, none both wrong.
+    p = {"concat-add": 2 * (1 + 4) / 2 ** 4, "TF-IDF title": 1.0, "camembert_title": 2 / 2 ** 4}
+    rows = [("TF-IDF title", 8, 50.0, 50.0, 0, 0, p["TF-IDF title"]),
+            ("camembert_title", 8, 0.0, 50.0, 0, 4, p["camembert_title"]),
+            ("concat-add", 8, 87.5, 62.5, 3, 1, p["concat-add"])]
+    assert table.columns.tolist() == ["model", "n", "accuracy", "other: accuracy",
+                                      "only this right", "only other right", "p"]
+    assert list(table.itertuples(index=False, name=None)) == [pytest.approx(row) for row in rows]
+
+
+def test_a_run_compared_with_itself_does_not_differ(scored):
+    run = scored()
+    table = h.compare(run, run)
+    assert (table["accuracy"] == table["other: accuracy"]).all() and (table["p"] == 1).all()
+
+
+def test_runs_that_score_different_products_are_not_compared(scored):
+    with pytest.raises(ValueError, match="different products.*take the same rows, split and seed"):
+        h.compare(scored(), scored(seed=1))
+
+
+def test_a_run_without_scores_says_how_to_make_them(scored, make_run):
+    with pytest.raises(FileNotFoundError, match="stage scores.*--only 08"):
+        h.compare(scored(), make_run(clean="light"))
+
+
+# --- an encoder alone -----------------------------------------------------------------------------
 def test_head_probabilities_are_the_softmax_of_the_linear_head(tmp_path):
     weight, bias = torch.randn(27, 6), torch.randn(27)
-    h.save_file({"weight": weight, "bias": bias}, tmp_path / "head.safetensors")
+    save_file({"weight": weight, "bias": bias}, tmp_path / "head.safetensors")
     features = torch.randn(10, 6)
     found = h.head_probabilities(tmp_path, features)
     powers = np.exp(features.numpy() @ weight.numpy().T + bias.numpy())
@@ -172,27 +254,37 @@ def test_head_probabilities_are_the_softmax_of_the_linear_head(tmp_path):
     assert torch.allclose(found.sum(1), torch.ones(10), atol=1e-5)
 
 
-# --- the whole chain ----------------------------------------------------------------------------------
+# --- the whole chain ------------------------------------------------------------------------------
+def times_of_stages() -> dict:
+    """When the manifest of each stage was written."""
+    manifests = (runs_folder() / "stages").glob("*/manifest.json")
+    return {path: path.stat().st_mtime_ns for path in manifests}
+
+
+@pytest.mark.slow
 def test_chain_ends_in_the_test_parts_scores(make_run):
     run = make_run(image_size=32, region_size=32, grid=8, image_batch=16)
-    for name in study.stage_names():
-        study.make_stage(run, name)
-    folder = h.score_stage(run)
+    for name in stage_names(run):
+        h.stage(run, name)
+    folder = h.stage(run, "scores")
     test = h.read_split(run).query("part == 'test'")
     predictions = h.load_tensors(folder / "predictions.safetensors", test["product_id"])
     assert predictions.pop("label_id").tolist() == test["label_id"].tolist()
     table = pd.read_csv(folder / "scores.csv").set_index("model")
-    assert set(table.index) == set(predictions) and len(table) == 4 + 5 + 6 and set(table["n"]) == {len(test)}
-    for model, probabilities in predictions.items():
-        assert torch.allclose(probabilities.sum(1), torch.ones(len(test)), atol=1e-4)
-        right = (probabilities.argmax(1).numpy() == test["label_id"].to_numpy()).mean()
+    assert set(table.index) == set(predictions) and len(table) == 4 + 5 + 6
+    assert set(table["n"]) == {len(test)}
+    for model, each in predictions.items():
+        assert torch.allclose(each.sum(1), torch.ones(len(test)), atol=1e-4)
+        right = (each.argmax(1).numpy() == test["label_id"].to_numpy()).mean()
         assert table.loc[model, "accuracy"] == pytest.approx(100 * right)
-    assert sorted(path.name for path in folder.glob("table_*")) == ["table_I.csv", "table_II.csv", "table_III.csv"]
-    assert {path.suffix for path in run.folder.rglob("*") if path.is_file()} <= {
-        ".csv", ".json", ".lock", ".safetensors", ".txt"}  # nothing is pickled
-    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("manifest.json")}
-    h.score_stage(run)
-    h.image_encoder_stage(run)
-    assert {path: path.stat().st_mtime_ns for path in run.folder.rglob("manifest.json")} == before
+    tables = sorted(path.name for path in folder.glob("table_*"))
+    assert tables == ["table_I.csv", "table_II.csv", "table_III.csv"]
+    kinds = {path.suffix for path in runs_folder().rglob("*") if path.is_file()}
+    assert kinds <= {".csv", ".json", ".lock", ".safetensors", ".txt"}  # nothing is pickled
+    before = times_of_stages()
+    h.stage(run, "scores")
+    h.stage(run, "seresnext")
+    assert times_of_stages() == before and len(before) == len(stage_names(run)) + 1
     described = h.describe_stages(run, "splits", "seresnext", "scores")
-    assert described["stage"].tolist() == ["splits", "seresnext", "scores"] and (described["seconds"] >= 0).all()
+    assert described["stage"].tolist() == ["splits", "seresnext", "scores"]
+    assert (described["seconds"] >= 0).all()

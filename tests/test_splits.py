@@ -11,12 +11,17 @@ SIZES = {3: 31, 7: 120, 12: 260, 18: 77, 26: 49}  # rows of five classes
 @pytest.fixture
 def products():
     labels = [label for label, size in SIZES.items() for _ in range(size)]
-    table = pd.DataFrame({"label_id": labels, "product_id": [(i * 7919) % 100_003 for i in range(len(labels))]})
+    ids = [(i * 7919) % 100_003 for i in range(len(labels))]
+    table = pd.DataFrame({"label_id": labels, "product_id": ids})
     return table.sample(frac=1, random_state=1, ignore_index=True)
 
 
 def ids(table: pd.DataFrame, part: str) -> set[int]:
     return set(table.loc[table["part"] == part, "product_id"])
+
+
+def labels_of(table: pd.DataFrame) -> dict[int, int]:
+    return dict(zip(table["product_id"], table["label_id"]))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 17])
@@ -27,7 +32,7 @@ def test_parts_are_disjoint_whole_of_size_and_stratified(products, split, share,
     assert not train & val and not train & test and not val & test
     assert train | val | test == set(products["product_id"]) and len(table) == n
     assert abs(len(test) - share * n) <= 1 and abs(len(val) - 0.1 * (1 - share) * n) <= 2
-    assert dict(zip(table["product_id"], table["label_id"])) == dict(zip(products["product_id"], products["label_id"]))
+    assert labels_of(table) == labels_of(products)
     for label, size in SIZES.items():
         of_class = table[table["label_id"] == label]["part"].value_counts()
         assert abs(of_class["test"] - share * size) <= 1
@@ -63,23 +68,25 @@ def test_class_with_too_few_rows_is_named(products):
         h.make_split(few, "90-10", 0)
 
 
-def test_unknown_split_is_refused(run):
+def test_unknown_split_is_refused():
+    table = pd.DataFrame({"product_id": range(30), "label_id": [0, 1, 2] * 10})
     with pytest.raises((ValueError, KeyError), match="70-30"):
-        h.make_split(pd.DataFrame({"product_id": range(30), "label_id": [0, 1, 2] * 10}), "70-30", 0)
+        h.make_split(table, "70-30", 0)
 
 
 def test_stage_keeps_the_rows_that_the_protocol_names(make_run, tiny_ens):
     described, everything = make_run(), make_run(rows="all", split="80-20")
     products = h.load_catalogue(tiny_ens)
-    for run, rows in ((described, products[products["description"] != ""]), (everything, products)):
-        h.split_stage(run)
+    with_description = products[products["description"] != ""]
+    for run, rows in ((described, with_description), (everything, products)):
+        h.stage(run, "splits")
         assert set(h.read_split(run)["product_id"]) == set(rows["product_id"])
         metrics = h.read_manifest(run, "splits")["metrics"]
         assert metrics == h.read_split(run)["part"].value_counts().to_dict()
     assert len(h.read_split(described)) == 55 and len(h.read_split(everything)) == 60
 
 
-# --- limit --------------------------------------------------------------------------------------------
+# --- limit ----------------------------------------------------------------------------------------
 @pytest.fixture
 def described(products):
     return products.assign(description="x")
@@ -92,20 +99,23 @@ def test_limit_keeps_class_shares_and_three_rows_of_each_class(described):
         assert len(kept) == limit and counts.min() >= 3 and set(counts.index) == set(SIZES)
         for label, size in SIZES.items():
             assert abs(counts[label] - limit * size / len(described)) <= 1
-        assert set(kept["product_id"]) <= set(described["product_id"]) and kept["product_id"].is_unique
+        assert set(kept["product_id"]) <= set(described["product_id"])
+        assert kept["product_id"].is_unique
 
 
 def test_rare_class_keeps_its_three_rows():
-    table = pd.DataFrame({"label_id": [0] * 500 + [1] * 500 + [2] * 4, "product_id": range(1004)})
+    labels = [0] * 500 + [1] * 500 + [2] * 4
+    table = pd.DataFrame({"label_id": labels, "product_id": range(1004)})
     counts = h.select_rows(table, "all", 60)["label_id"].value_counts()
     assert counts[2] == 3 and abs(counts[0] - counts[1]) <= 1 and counts.sum() == 60
 
 
 def test_limit_follows_the_seed_and_not_the_order_of_the_file(described):
     first = h.select_rows(described, "all", 80, seed=4)
-    other = h.select_rows(described[::-1], "all", 80, seed=4)
-    assert set(first["product_id"]) == set(other["product_id"])
-    assert set(first["product_id"]) != set(h.select_rows(described, "all", 80, seed=5)["product_id"])
+    again = h.select_rows(described[::-1], "all", 80, seed=4)
+    other = h.select_rows(described, "all", 80, seed=5)
+    assert set(first["product_id"]) == set(again["product_id"])
+    assert set(first["product_id"]) != set(other["product_id"])
     places = described.set_index("product_id").index.get_indexer(first["product_id"])
     assert (places[1:] > places[:-1]).all()  # in the order of the file
 
@@ -115,36 +125,49 @@ def test_limit_above_the_rows_keeps_them_all(described):
         assert_frame_equal(h.select_rows(described, "all", limit), described)
 
 
+@pytest.fixture
+def of_all_classes():
+    labels = [i % 27 for i in range(5400)]
+    return pd.DataFrame({"label_id": labels, "product_id": range(5400)})
+
+
 @pytest.mark.parametrize("split", h.SPLITS)
 @pytest.mark.parametrize("limit", [81, 300])
-def test_a_small_choice_has_as_many_validation_and_test_rows_as_classes(split, limit):
-    table = pd.DataFrame({"label_id": [i % 27 for i in range(5400)], "product_id": range(5400)})
-    parts = h.make_split(h.select_rows(table, "all", limit), split, 0).groupby("part")["label_id"]
+def test_a_small_choice_has_as_many_validation_and_test_rows_as_classes(
+        of_all_classes, split, limit):
+    chosen = h.select_rows(of_all_classes, "all", limit)
+    parts = h.make_split(chosen, split, 0).groupby("part")["label_id"]
     assert parts.size().sum() == limit and parts.size().min() >= 27
     assert parts.nunique().eq(27).all()
 
 
-def test_limit_that_no_split_can_use_names_the_smallest_that_works():
-    table = pd.DataFrame({"label_id": [i % 27 for i in range(5400)], "product_id": range(5400)})
-    with pytest.raises(ValueError, match="limit=80 is too small for 27 classes; set it to at least 81"):
-        h.select_rows(table, "all", 80)
+def test_limit_that_no_split_can_use_names_the_smallest_that_works(of_all_classes):
+    said = "limit=80 is too small for 27 classes; set it to at least 81"
+    with pytest.raises(ValueError, match=said):
+        h.select_rows(of_all_classes, "all", 80)
 
 
 def test_stage_reads_limit_and_grouped(make_run):
-    limited, grouped = make_run(limit=50), make_run(grouped=True)
-    for run in (limited, grouped):
-        h.split_stage(run)
-        assert {"rows", "limit", "grouped"} <= set(h.read_manifest(run, "splits")["settings"])
+    """By the rows and the groups that these settings choose, not by the settings' names."""
+    plain, limited, grouped = make_run(), make_run(limit=50), make_run(grouped=True)
+    for run in (plain, limited, grouped):
+        h.stage(run, "splits")
+        assert not {"rows", "limit", "grouped"} & set(h.read_manifest(run, "splits")["settings"])
     assert len(h.read_split(limited)) == 50 and len(h.read_split(grouped)) == 55
+    contents = [h.read_manifest(run, "splits")["contents"] for run in (plain, limited, grouped)]
+    assert contents[0]["chosen_labels"] != contents[1]["chosen_labels"]
+    assert contents[0]["chosen_groups"] != contents[2]["chosen_groups"]
+    assert contents[0]["chosen_labels"] == contents[2]["chosen_labels"]
 
 
-# --- duplicates kept together -------------------------------------------------------------------------
+# --- duplicates kept together ---------------------------------------------------------------------
 def test_groups_are_in_one_part_and_shares_are_close(products):
-    rng = pd.Series(range(len(products))).sample(frac=1, random_state=2).to_numpy()
-    groups = rng // 3 % 150  # about 150 groups of 3 or 4 rows, of any classes
+    places = pd.Series(range(len(products))).sample(frac=1, random_state=2).to_numpy()
+    groups = places // 3 % 150  # about 150 groups of 3 or 4 rows, of any classes
     for split, share in h.SPLITS.items():
         table = h.make_split(products, split, 0, groups)
-        group = pd.Series(groups, index=products["product_id"])[table["product_id"]].to_numpy()
+        group_of = pd.Series(groups, index=products["product_id"])
+        group = group_of[table["product_id"]].to_numpy()
         assert (table.groupby(group)["part"].nunique() == 1).all()
         assert set(table["product_id"]) == set(products["product_id"])
         for label, size in SIZES.items():
@@ -156,9 +179,12 @@ def test_groups_are_in_one_part_and_shares_are_close(products):
 def test_class_whose_rows_are_all_copies_is_kept_for_training_or_named(products):
     one = products["label_id"].where(products["label_id"] == 26, products["product_id"])
     table = h.make_split(products, "80-20", 0, one)
-    assert set(table.loc[table["label_id"] == 26, "part"]) == {"train"}  # the fold of fair counts is another
-    copies = pd.DataFrame({"label_id": [i % 20 for i in range(300)], "product_id": range(300)})
+    # The fold of fair counts is another.
+    assert set(table.loc[table["label_id"] == 26, "part"]) == {"train"}
+    labels = [i % 20 for i in range(300)]
+    copies = pd.DataFrame({"label_id": labels, "product_id": range(300)})
     with pytest.raises(ValueError, match="class .* has no training row.*grouped=False"):
         h.make_split(copies, "80-20", 0, copies["label_id"])
+    places = [place % 4 for place in range(len(products))]
     with pytest.raises(ValueError, match="4 groups of duplicates.*5 folds.*grouped=False"):
-        h.make_split(products, "80-20", 0, [place % 4 for place in range(len(products))])
+        h.make_split(products, "80-20", 0, places)
