@@ -158,7 +158,7 @@ class _Strip(ast.NodeTransformer):
         node.annotation = ast.Constant(None)
         if node in self.fields or node.value is None:
             return node
-        return ast.Assign([node.target], node.value)
+        return ast.copy_location(ast.Assign([node.target], node.value), node)
 
     def _without_docstring(self, node: ast.AST) -> ast.AST:
         if ast.get_docstring(node) is not None:
