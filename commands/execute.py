@@ -113,7 +113,7 @@ def execute_one(step: Step, key: str, label: str, share: str, board: Board) -> d
                 papermill.execute_notebook(
                     step.source, step.output, step.parameters, cwd=step.source.parent,
                     progress_bar=False, extra_arguments=[
-                        "--IPKernelApp.log_level=40", f"--IPKernelApp.exec_lines={first}"])
+                        "--IPKernelApp.log_level=50", f"--IPKernelApp.exec_lines={first}"])
             except Exception as error:
                 raise StepFailed(describe_failure(step, error)) from error
             finally:

@@ -65,6 +65,9 @@ def test_two_processes_make_the_stage_that_one_makes(prepared, monkeypatch, tmp_
     folder = h.stage(run, "camembert_title")
     together, curve, manifest = made(run)
     assert manifest["processes"] == 2 and left_over() == []
+    folder.rename(folder.with_name(f"{folder.name}.partial"))  # as a kill before the renaming
+    assert h.stage(run, "camembert_title") == folder
+    assert made(run)[2] == manifest and left_over() == []  # it was not made again
 
     alone = with_settings(run, processes=1)
     assert h.stage(alone, "camembert_title") == folder
