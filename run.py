@@ -200,9 +200,8 @@ def stage(words: argparse.Namespace) -> None:
 def submit(words: argparse.Namespace) -> None:
     """Predict the challenge's unlabelled products with each run that has this fusion."""
     plan = make_plan(words)
-    from commands.submission import has_fusion, write_submission
-
     import helpers as h
+    from commands.submission import has_fusion, write_submission
 
     variant, runs = h.named_variant(words.variant), plans.runs_of(plan)
     trained = [run for run in runs if has_fusion(run, variant)]
