@@ -15,7 +15,6 @@ from transformers import TrainerState, set_seed
 
 import elsewhere
 import helpers as h
-from conftest import SMALL
 from engine.files import read_json, write_json
 from engine.processes import processes_for
 from engine.runs import runs_folder
@@ -219,17 +218,23 @@ def train_exactly(folder: Path, encoder: torch.nn.Module, **settings):
     return model, curve
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """(the model, its curve) of that training, with no setting changed."""
+    return train_exactly(tmp_path_factory.mktemp("plain"), Identity())
+
+
 @pytest.mark.slow
-def test_fewer_rows_at_a_time_give_the_same_training(tmp_path):
-    (whole, curve), (parts, same) = (
-        train_exactly(tmp_path, Identity(), device_batch=rows) for rows in (0, 2))
+def test_fewer_rows_at_a_time_give_the_same_training(plain, tmp_path):
+    whole, curve = plain
+    parts, same = train_exactly(tmp_path, Identity(), device_batch=2)
     assert_frame_equal(curve, same, rtol=1e-5)
     assert torch.allclose(whole.head.weight, parts.head.weight, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_out_of_memory_halves_the_rows_at_a_time_and_nothing_else(tmp_path):
-    _, curve = train_exactly(tmp_path, Identity())
+def test_out_of_memory_halves_the_rows_at_a_time_and_nothing_else(plain, tmp_path):
+    _, curve = plain
     narrow, narrow_curve = train_exactly(tmp_path, Narrow(room=3))
     assert narrow.encoder.batches[:3] == [8, 4, 2] and set(narrow.encoder.batches[2:]) == {2}
     assert_frame_equal(curve, narrow_curve, rtol=1e-5)
@@ -242,8 +247,8 @@ def test_out_of_memory_halves_the_rows_at_a_time_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("settings, tolerance", [
     ({"compile": "eager"}, 1e-5), ({"precision": "bf16"}, 3e-2), ({"loader_workers": 2}, 1e-6),
     ({"checkpoint_steps": 3}, 1e-6)])
-def test_a_way_of_computing_changes_no_more_than_rounding(tmp_path, settings, tolerance):
-    _, curve = train_exactly(tmp_path, Identity())
+def test_a_way_of_computing_changes_no_more_than_rounding(plain, tmp_path, settings, tolerance):
+    _, curve = plain
     _, other = train_exactly(tmp_path, Identity(), **settings)
     losses = ["train_loss", "val_loss"]
     assert_frame_equal(curve[losses], other[losses], rtol=tolerance)
@@ -382,8 +387,8 @@ def test_head_of_a_frozen_encoder_is_a_logistic_regression():
 
 
 # --- after a kill ---------------------------------------------------------------------------------
-EPOCHS = {**SMALL, "text_epochs": 5, "text_batch": 2, "checkpoint_steps": 5}
-STEPS = 22  # an epoch: 44 rows in batches of 2
+EPOCHS = {"text_epochs": 4, "text_batch": 4, "checkpoint_steps": 3}
+STEPS = 11  # an epoch: 44 rows in batches of 4
 
 
 def partials() -> list[Path]:
@@ -438,7 +443,7 @@ def test_stage_killed_within_an_epoch_ends_where_an_uninterrupted_one_does(prepa
     folder = h.stage(prepared, "camembert_title")
     resumed, curve = features_of(prepared)
     assert steps[0] > STEPS and steps[0] % STEPS != 1  # it goes on within an epoch
-    assert steps[-1] == 5 * STEPS and curve["epoch"].tolist() == [1, 2, 3, 4, 5]
+    assert steps[-1] == 4 * STEPS and curve["epoch"].tolist() == [1, 2, 3, 4]
     assert not partials() and not list(folder.rglob("checkpoints"))
 
     monkeypatch.setenv("STUDY_RUNS", str(tmp_path / "uninterrupted"))
@@ -470,11 +475,17 @@ def test_checkpoint_cut_off_in_mid_write_does_not_stop_the_study(tmp_path, monke
     assert curve["epoch"].tolist() == [1, 2, 3, 4]
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> pd.DataFrame:
+    """The curve of a training that nothing stops."""
+    return train(tmp_path_factory.mktemp("whole"))[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("file", CHECKPOINT_FILES)
-def test_checkpoint_that_lacks_a_file_is_not_resumed_from(tmp_path, monkeypatch, file):
+def test_checkpoint_that_lacks_a_file_is_not_resumed_from(uninterrupted, tmp_path, monkeypatch,
+                                                          file):
     """A kill while a checkpoint is removed leaves some of its files; the one before it is whole."""
-    _, whole, _ = train(tmp_path / "whole")
     begin = StudyCallback.on_epoch_begin
 
     def stop(self, args, state, control, **more):
@@ -488,7 +499,7 @@ def test_checkpoint_that_lacks_a_file_is_not_resumed_from(tmp_path, monkeypatch,
     newest = tmp_path / "checkpoints" / "checkpoint-24"
     (newest / file).unlink()
     _, curve, _ = train(tmp_path)
-    assert_frame_equal(curve, whole, rtol=1e-6)
+    assert_frame_equal(curve, uninterrupted, rtol=1e-6)
 
 
 @pytest.mark.slow

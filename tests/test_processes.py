@@ -126,10 +126,10 @@ def test_what_a_process_said_before_an_unforeseen_error_is_kept(prepared, tmp_pa
 
 def test_processes_end_when_the_notebook_is_interrupted(prepared, monkeypatch):
     run, me = prepared(processes=2, text_epochs=500), psutil.Process()
-    children = []
+    children, others = [], set(me.children(recursive=True))  # of earlier tests, which stay
 
     def interrupt(line, text):
-        children.extend(me.children(recursive=True))
+        children.extend(set(me.children(recursive=True)) - others)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Progress, "show", interrupt)
