@@ -124,6 +124,10 @@ def _build(run: Run, name: str, key: str, partial: Path) -> None:
     token = _READABLE.set(info_of(run, name).reads)
     try:
         metrics = MAKERS[kind_of(name)](run, name, partial) or {}
+    except BaseException:
+        if group().is_main_process and not any(partial.iterdir()):
+            partial.rmdir()  # there is nothing to go on from
+        raise
     finally:
         _READABLE.reset(token)
     if not group().is_main_process:
