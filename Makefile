@@ -16,7 +16,7 @@ study: .venv/installed ## run the whole study on the bundled sample: both splits
 test: lint .venv/ray-installed ## check the code, then run all tests, the committed notebooks too
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-quick: .venv/installed ## run the fast tests, without notebooks: under three minutes
+quick: .venv/installed ## run the fast tests, without notebooks
 	$(PY) -m pytest tests -m "not slow" $(PYTEST_ARGS)
 
 lint: .venv/installed ## check the code with ruff
