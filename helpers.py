@@ -729,21 +729,23 @@ def encode_pictures(vectors: Callable[..., Tensor], pictures: Sequence, batch: i
 @makes("image_whole", together=True)
 def build_image_whole(run: Run, name: str, folder: Path) -> dict:
     """Stage `image_whole`: features.safetensors [N, width] of whole pictures, for Table I."""
-    if run.profile.freeze_encoders:
-        return share_vectors(run, name, folder)
-    pictures_of = partial(cached_pictures, run)
-    return save_vectors(run, folder, whole_vectors(load_image_encoder(run), run.profile,
-                                                   pictures_of))
+    return build_image_features(run, name, folder, whole_vectors)
 
 
 @makes("image_regions", together=True)
 def build_image_regions(run: Run, name: str, folder: Path) -> dict:
     """Stage `image_regions`: features.safetensors, P [N, width] by product id."""
-    if run.profile.freeze_encoders:
-        return share_vectors(run, name, folder)
-    pictures_of = partial(cached_pictures, run)
-    return save_vectors(run, folder, region_vectors(load_image_encoder(run), run.profile,
-                                                    pictures_of))
+    return build_image_features(run, name, folder, region_vectors)
+
+
+def build_image_features(run: Run, name: str, folder: Path,
+                         vectors: Callable[..., Tensor]) -> dict:
+    """The fine-tuned encoder's `vectors`; of a frozen one those that `vectors-<name>` holds."""
+    if not run.profile.freeze_encoders:
+        return save_vectors(run, folder, load_image_encoder(run), vectors)
+    source = read_stage(run, f"vectors-{name}")
+    share_file(source / "features.safetensors", folder / "features.safetensors")
+    return read_manifest(run, f"vectors-{name}")["metrics"]
 
 
 @makes("vectors-image_whole", together=True)
@@ -752,18 +754,16 @@ def build_whole_vectors(run: Run, name: str, folder: Path) -> dict:
     pictures; the network itself too.
     """
     encoder = untrained_encoder(run)
-    features = whole_vectors(encoder, run.profile, partial(cached_pictures, run))
+    metrics = save_vectors(run, folder, encoder, whole_vectors)
     save_weights(folder / "encoder.safetensors", encoder.state_dict())
-    return save_vectors(run, folder, features) | {
-        "parameters": count_parameters(encoder), "weights_from": encoder.weights_from}
+    return metrics | {"parameters": count_parameters(encoder),
+                      "weights_from": encoder.weights_from}
 
 
 @makes("vectors-image_regions", together=True)
 def build_region_vectors(run: Run, name: str, folder: Path) -> dict:
     """Stage `vectors-image_regions`: what a network with its published weights makes of regions."""
-    pictures_of = partial(cached_pictures, run)
-    return save_vectors(run, folder, region_vectors(untrained_encoder(run), run.profile,
-                                                    pictures_of))
+    return save_vectors(run, folder, untrained_encoder(run), region_vectors)
 
 
 def untrained_encoder(run: Run) -> ImageEncoder:
@@ -773,18 +773,13 @@ def untrained_encoder(run: Run) -> ImageEncoder:
     return ImageEncoder(run.profile.seresnext, image_weights(run))
 
 
-def save_vectors(run: Run, folder: Path, features: Tensor) -> dict:
-    """Write the features of the run's pictures; their width."""
+def save_vectors(run: Run, folder: Path, encoder: ImageEncoder,
+                 vectors: Callable[..., Tensor]) -> dict:
+    """Write what `vectors`, of whole pictures or of regions, makes of the run's; their width."""
+    features = vectors(encoder, run.profile, partial(cached_pictures, run))
     ids = chosen_pictures(run)["product_id"]
     save_tensors(folder / "features.safetensors", ids, features=features)
     return {"width": features.shape[1]}
-
-
-def share_vectors(run: Run, name: str, folder: Path) -> dict:
-    """With a frozen encoder: the features that stage `vectors-<name>` holds."""
-    source = read_stage(run, f"vectors-{name}")
-    share_file(source / "features.safetensors", folder / "features.safetensors")
-    return read_manifest(run, f"vectors-{name}")["metrics"]
 
 
 # ==================================================================================================
