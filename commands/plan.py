@@ -10,8 +10,9 @@ from pathlib import Path
 
 from engine import settings
 from engine.files import hash_file, hash_json, read_json
-from engine.runs import Run, open_run, runs_folder
-from engine.settings import FROZEN_STAGES, SPEED_ONLY, SPLITS, STAGES, one_of, stage_info
+from engine.keys import folder_of, info_of
+from engine.runs import Run, open_run
+from engine.settings import FROZEN_STAGES, SPEED_ONLY, SPLITS, STAGES, one_of
 
 NOTEBOOKS = ["01_data_exploration", "02_text_preprocessing", "03_finetune_camembert",
              "04_finetune_flaubert", "05_finetune_seresnext", "06_regional_features",
@@ -119,7 +120,7 @@ def stage_names(run: Run) -> list[str]:
 
 def notebook_of(run: Run, name: str) -> str:
     """The notebook that makes a stage of a run."""
-    return stage_info(name, run.profile.freeze_encoders).notebook
+    return info_of(run, name).notebook
 
 
 def stage_graph(plan: list[Step]) -> dict[Job, list[Job]]:
@@ -131,7 +132,7 @@ def stage_graph(plan: list[Step]) -> dict[Job, list[Job]]:
                 jobs[step.run, name] = Job(step.run, name)
     graph = {}
     for (run, name), job in jobs.items():
-        reads = stage_info(name, run.profile.freeze_encoders).reads
+        reads = info_of(run, name).reads
         graph[job] = [jobs[run, other] for other in reads if (run, other) in jobs]
     return graph
 
@@ -152,7 +153,7 @@ def _state_of_stages(stages: tuple[tuple[str, str], ...]) -> str:
     from engine.stages import DamagedStage, check_stage
 
     for name, key in stages:
-        folder = runs_folder() / "stages" / f"{name}-{key[:8]}"
+        folder = folder_of(name, key)
         if not folder.exists():
             return "stale"
         try:
@@ -206,7 +207,7 @@ def notes_on_versions(plan: list[Step]) -> list[str]:
         for name, key in (read_json(step.manifest) or {}).get("stages", {}).items():
             from engine.stages import other_versions
 
-            path = runs_folder() / "stages" / f"{name}-{key[:8]}" / "manifest.json"
+            path = folder_of(name, key) / "manifest.json"
             others = other_versions((read_json(path) or {}).get("versions", {}))
             if others:
                 notes[path.parent.name] = f"{path.parent.name} was made with {others}"

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.files import read_json
+from engine.keys import folder_of
 from engine.runs import runs_folder
 
 
@@ -26,10 +27,10 @@ def used_stages() -> set[str]:
     used = set()
     while todo:
         name, key = todo.pop()
-        folder = f"{name}-{key[:8]}"
-        if folder not in used:
-            used.add(folder)
-            manifest = read_json(runs_folder() / "stages" / folder / "manifest.json") or {}
+        folder = folder_of(name, key)
+        if folder.name not in used:
+            used.add(folder.name)
+            manifest = read_json(folder / "manifest.json") or {}
             todo += manifest.get("reads", {}).items()
     return used
 
