@@ -235,6 +235,7 @@ class ByFile(LoadScopeScheduling):
         return "chain" if path.endswith((".ipynb", "test_chain.py")) else path
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log) -> ByFile:
     return ByFile(config, log)
 
