@@ -24,6 +24,7 @@ Hierarchical Fusion (2022). Importing this module reads and writes no data.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 import itertools
 import math
@@ -127,6 +128,10 @@ from engine.training import (
     training_arguments,
 )
 from engine.vectors import encode, encode_rows
+
+# The libraries stay for good: without this Python looks through them again and again, and for
+# seconds when a kernel ends.
+gc.freeze()
 
 
 # ==================================================================================================
