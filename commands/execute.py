@@ -96,7 +96,7 @@ def execute(steps: dict[Step, list[Step]], labels: dict[Step, str], at_a_time: i
 
 
 def execute_one(step: Step, key: str, label: str, share: str, board: Board) -> dict:
-    """Execute one notebook; its manifest: {key, seconds, peak_memory_gb, stages: {name: key}}."""
+    """Execute one notebook; its manifest: {key, seconds, peak_memory_gb, stages: {key: name}}."""
     import papermill
 
     step.output.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def execute_one(step: Step, key: str, label: str, share: str, board: Board) -> d
             finally:
                 del board.events[label]
             events += map(json.loads, lines)
-    made = {event["stage"]: event["key"] for event in events if "stage" in event}
+    made = {event["key"]: event["stage"] for event in events if "stage" in event}
     result = {"key": key, "seconds": round(time.perf_counter() - start, 1),
               "peak_memory_gb": round(board.peaks.get(label, 0) / 1e9, 2), "stages": made}
     write_json(step.manifest, result)

@@ -152,7 +152,7 @@ def state(step: Step) -> str:
 def _state_of_stages(stages: tuple[tuple[str, str], ...]) -> str:
     from engine.stages import DamagedStage, check_stage
 
-    for name, key in stages:
+    for key, name in stages:
         folder = folder_of(name, key)
         if not folder.exists():
             return "stale"
@@ -204,7 +204,7 @@ def notes_on_versions(plan: list[Step]) -> list[str]:
     """A sentence for each stage of the plan that other versions of the libraries have made."""
     notes = {}
     for step in plan:
-        for name, key in (read_json(step.manifest) or {}).get("stages", {}).items():
+        for key, name in (read_json(step.manifest) or {}).get("stages", {}).items():
             from engine.stages import other_versions
 
             path = folder_of(name, key) / "manifest.json"

@@ -1,6 +1,7 @@
 """Several processes: a stage made by two together, and stages side by side, come out as by one."""
 import time
 
+import nbformat
 import pandas as pd
 import psutil
 import pytest
@@ -11,8 +12,19 @@ from rich.console import Console
 import elsewhere
 import helpers as h
 from commands import execute
-from commands.plan import Job, make_plan, notebook_of, stage_graph, stage_names
-from conftest import SMALL, isolate, make_bert, write_ens
+from commands.plan import (
+    Job,
+    Step,
+    _state_of_stages,
+    make_plan,
+    notebook_of,
+    stage_graph,
+    stage_names,
+    state,
+    step_key,
+)
+from conftest import ROOT, SMALL, isolate, make_bert, write_ens
+from engine.keys import folder_of
 from engine.progress import Progress
 from engine.runs import runs_folder
 
@@ -231,3 +243,34 @@ def test_a_failing_stage_stops_those_that_wait_for_it(make_run, on):
         execute.make_stages(graph, 2, on, Console())
     assert h.read_stage(run, "text").exists()
     assert not list(runs_folder().glob("stages/camembert_*/manifest.json"))
+
+
+# --- what a notebook has made ---------------------------------------------------------------------
+BOTH_SPLITS = """
+import sys
+sys.path.append({root!r})
+import helpers as h
+for split in h.SPLITS:
+    h.stage(h.open_run("paper", split, 0, SETTINGS), "splits")
+"""
+
+
+def test_each_of_two_stages_of_one_name_is_looked_at(make_run, tmp_path, monkeypatch):
+    """Notebook 08 reads the scores of both splits."""
+    source = tmp_path / "both.ipynb"
+    cells = [nbformat.v4.new_code_cell("SETTINGS = {}", metadata={"tags": ["parameters"]}),
+             nbformat.v4.new_code_cell(BOTH_SPLITS.format(root=str(ROOT)))]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), source)
+    monkeypatch.setattr(Step, "source", source)
+    step = Step("08_result_tables", make_run())
+    key = step_key(step)
+    made = execute.execute_one(step, key, "both", "1", execute.Board(Console()))["stages"]
+    assert sorted(made.values()) == ["splits", "splits"] and state(step) == "done"
+    for damaged, name in made.items():
+        path = folder_of(name, damaged) / "split.csv"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1])
+        _state_of_stages.cache_clear()  # a command looks once
+        assert state(step) == "damaged"
+        path.write_bytes(whole)
