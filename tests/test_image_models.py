@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import helpers as h
+from commands.store import stage_folders
 from engine.files import hash_file
 from engine.image_models import (
     PAPER_NETWORK,
@@ -26,7 +27,6 @@ from engine.image_models import (
     refusal,
 )
 from engine.keys import key_of, recipe_of
-from engine.runs import runs_folder
 from engine.settings import make_profile
 
 
@@ -175,8 +175,7 @@ def test_image_stage_refuses_such_a_network_before_it_begins(make_run, frozen):
     h.stage(run, "splits")
     with pytest.raises(ValueError, match="14 x 14 tiles"):
         h.stage(run, "seresnext")
-    folders = [path for path in (runs_folder() / "stages").iterdir() if path.is_dir()]
-    assert [folder.name.partition("-")[0] for folder in folders] == ["splits"]
+    assert [folder.name.partition("-")[0] for folder in stage_folders()] == ["splits"]
 
 
 # --- weights from a file --------------------------------------------------------------------------

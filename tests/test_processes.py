@@ -264,11 +264,11 @@ def test_each_of_two_stages_of_one_name_is_looked_at(make_run, tmp_path, monkeyp
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), source)
     monkeypatch.setattr(Step, "source", source)
     step = Step("08_result_tables", make_run())
-    key = step_key(step)
-    made = execute.execute_one(step, key, "both", "1", execute.Board(Console()))["stages"]
+    board = execute.Board(Console())
+    made = execute.execute_one(step, step_key(step), "both", "1", board)["stages"]
     assert sorted(made.values()) == ["splits", "splits"] and state(step) == "done"
-    for damaged, name in made.items():
-        path = folder_of(name, damaged) / "split.csv"
+    for key, name in made.items():
+        path = folder_of(name, key) / "split.csv"
         whole = path.read_bytes()
         path.write_bytes(whole[:-1])
         _state_of_stages.cache_clear()  # a command looks once
