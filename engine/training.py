@@ -65,7 +65,8 @@ class RowDataset(torch.utils.data.Dataset):
         if self.seed is None:
             return {**self.row(i), "labels": int(self.labels[i])}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mixed_seed(self.seed, epoch, i))
+            # Not torch.manual_seed, which would reset a GPU's generator too, and its dropout.
+            torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, i))
             return {**self.row(i), "labels": int(self.labels[i])}
 
 

@@ -177,6 +177,15 @@ def test_batches_hold_rows_of_similar_length():
     assert padded(EpochSampler(400, 8, 0, lengths)) < 1.1 < 1.5 < padded(EpochSampler(400, 8, 0))
 
 
+def test_a_rows_draw_leaves_all_generators_as_they_are(monkeypatch):
+    """A GPU's too, which decides the dropout of the step that the row is for."""
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    RowDataset(lambda i: {"noise": torch.rand(3)}, [0], seed=5)[(0, 0)]
+    assert not seeded and torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_draw_decides_what_is_random_in_a_row():
     rows = RowDataset(lambda i: {"noise": torch.rand(3)}, [0, 1, 2], seed=5)
     first, again, later = (rows[draw]["noise"] for draw in ((0, 1), (0, 1), (1, 1)))
