@@ -5,7 +5,7 @@ section uses only those above it. What a notebook calls besides is handed on fro
 ``engine``; ``h.show`` says where a thing stands.
 
     section             taught in    handed on from
-    1  Splits           01           catalogue, duplicates, pictures
+    1  Splits           01           catalogue, rows, duplicates, pictures
     2  Text             02           texts, text_models
     3  Scores           02, 08
     4  Fine-tuning      03           training, vectors
@@ -59,15 +59,11 @@ from engine.catalogue import (
     absent_pictures,
     catalogue_folder,
     check_pictures,
-    chosen_labels,
-    chosen_pictures,
-    chosen_texts,
     find_layout,
     load_catalogue,
     load_classes,
     load_published,
     sample_generator,
-    select_rows,
 )
 from engine.duplicates import chosen_groups
 from engine.files import read_json
@@ -81,10 +77,11 @@ from engine.image_models import (
     make_network,
     refusal,
 )
-from engine.keys import makes
+from engine.keys import makes, one_look
 from engine.pictures import DecodedPictures, cached_pictures, decode_picture, open_picture
 from engine.processes import device
 from engine.progress import Progress
+from engine.rows import chosen_labels, chosen_pictures, chosen_texts, select_rows
 from engine.runs import Run, open_run
 from engine.settings import (
     FIELDS,
@@ -130,8 +127,9 @@ from engine.training import (
 from engine.vectors import encode, encode_rows
 
 # The libraries stay for good: without this Python looks through them again and again, and for
-# seconds when a kernel ends.
+# seconds when a kernel ends. run.py's kernels import them with the collector off.
 gc.freeze()
+gc.enable()
 
 
 # ==================================================================================================
@@ -711,9 +709,9 @@ def region_vectors(encoder: ImageEncoder, profile: Profile,
     if profile.regions == "feature_map":
         return whole_vectors(encoder, profile, pictures_of)
     pictures = pictures_of(profile.region_size)
-    encoder = encoder.eval().to(device())
-    # On a CPU one picture at a time: its tiles suit the cache best.
-    batch = profile.image_batch if device().type == "cuda" else 1
+    encoder = encoder.eval().to(device(), memory_format=torch.channels_last)
+    # On a CPU few pictures at a time: their tiles suit the cache best.
+    batch = profile.image_batch if device().type == "cuda" else 4
 
     def vectors(pixels: Tensor) -> Tensor:
         return regional_features(encoder, pixels, profile.grid)
@@ -1041,6 +1039,7 @@ def encoder_probabilities(run: Run, model: str, product_ids: Sequence[int]) -> T
     return head_probabilities(read_stage(run, model), load_tensors(path, product_ids)["features"])
 
 
+@one_look()  # at what the many stages were given: once for them all
 def all_probabilities(run: Run, part: str) -> tuple[np.ndarray, dict[str, Tensor]]:
     """(true labels [N], {model: probabilities [N, 27]}) of baselines, encoders and fusion variants
     on one part, in order of product id. Shown in 08.

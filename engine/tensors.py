@@ -49,7 +49,7 @@ def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """Write named tensors as safetensors; the file appears when it is whole."""
     if group().is_main_process:
         partial = path.with_name(f"{path.name}.partial")
-        save_file({name: tensor.cpu() for name, tensor in weights.items()}, partial)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, partial)
         partial.rename(path)
 
 
