@@ -17,8 +17,10 @@ imported when it is called: help and refusals come at once.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -27,6 +29,7 @@ from rich.table import Table
 from commands import plan as plans
 from engine.settings import PROFILES, SPLITS, one_of, parse_settings, setting_names
 
+gc.disable()  # helpers.py, where the libraries are, begins to look for garbage
 console = Console()
 if not console.is_terminal:
     console.width = 150  # a log has no width of its own
@@ -105,9 +108,12 @@ def study(words: argparse.Namespace) -> None:
     if words.on == "ray" and words.workers > 1:
         raise ValueError("--workers is for this machine; with --on ray, Ray decides how many "
                          "stages run at a time")
-    from commands import costs, doctor, execute
-    from commands.report import print_tables, write_report
-    from engine.progress import cores
+    with ThreadPoolExecutor(1) as beside:  # the sample is made while the libraries are imported
+        if words.profile == "sample" and not words.dry_run:
+            beside.submit(make_sample, plan)
+        from commands import costs, doctor, execute
+        from commands.report import print_tables, write_page, write_report
+        from engine.progress import cores
 
     doctor.refuse_fatal(plan[0].run, needs_catalogue=not words.dry_run)
     if words.dry_run:
@@ -122,10 +128,18 @@ def study(words: argparse.Namespace) -> None:
             steps.remove(step)
     runs = len(plans.runs_of(plan))
     at_a_time = min(runs, cores()) if words.profile == "sample" else 1
-    execute.execute(plans.step_graph(steps), labels, words.notebooks or at_a_time, console)
+    execute.execute(plans.step_graph(steps), labels, words.notebooks or at_a_time, console,
+                    after=write_page)  # else half a minute at the end
     print_tables(plan, console)
     console.print(f"Report: {write_report(plan)}", highlight=False, soft_wrap=True)
     return None
+
+
+def make_sample(plan: list[plans.Step]) -> None:
+    """Make the sample if it is missing or old."""
+    from engine.catalogue import catalogue_folder
+
+    catalogue_folder(plan[0].run)
 
 
 def status(words: argparse.Namespace) -> None:

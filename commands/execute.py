@@ -23,8 +23,9 @@ from engine.progress import cores
 
 LOG_SECONDS = 15  # a log gets a line so often, a terminal one line that moves
 # A kernel's first: what it is told by the environment, and which process it is. Each has its own.
-FIRST_LINE = ("import os; os.environ.update({given!r}); "
-              "open({path!r}, 'a').write('{{\"pid\": %d}}\\n' % os.getpid()); del os")
+# Python would look for garbage all the while it imports; helpers.py lets it begin after that.
+FIRST_LINE = ("import gc, os; gc.disable(); os.environ.update({given!r}); "
+              "open({path!r}, 'a').write('{{\"pid\": %d}}\\n' % os.getpid()); del gc, os")
 
 
 class StepFailed(Exception):
@@ -74,16 +75,21 @@ class Board:
 
 
 def execute(steps: dict[Step, list[Step]], labels: dict[Step, str], at_a_time: int,
-            console: Console) -> None:
-    """Execute notebooks, some at a time, each in a kernel of its own; StepFailed names the cell."""
+            console: Console, after: Callable[[Step], object]) -> None:
+    """Execute notebooks, some at a time, each in a kernel of its own; StepFailed names the cell.
+
+    `after(step)` is called beside those that follow, for one notebook at a time.
+    """
     board = Board(console)
     share = str(max(1, cores() // at_a_time))
 
     def tell(step: Step, result: dict) -> None:
         console.print(f"{labels[step]}  {result['seconds']:.0f} s, peak "
                       f"{result['peak_memory_gb']:.1f} GB", highlight=False)
+        beside.submit(after, step)
 
-    with console.status("starting") as status, ThreadPoolExecutor(at_a_time) as pool:
+    with (console.status("starting") as status, ThreadPoolExecutor(at_a_time) as pool,
+          ThreadPoolExecutor(1) as beside):
         def submit(step: Step) -> Future:
             key = step_key(step)  # before it runs: an edit meanwhile is seen
             return pool.submit(execute_one, step, key, labels[step], share, board)

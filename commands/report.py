@@ -17,7 +17,7 @@ import helpers as h
 from commands.plan import Step, make_plan, runs_of, state
 from engine import settings
 from engine.files import read_json
-from engine.runs import runs_folder
+from engine.runs import Run, runs_folder
 
 
 def read_tables(plan: list[Step]) -> list[tuple[str, pd.DataFrame | None]]:
@@ -70,15 +70,17 @@ figcaption { color: #666 }
 """)
 
 
-def write_report(plan: list[Step]) -> Path:
-    """Tables, notebooks with minutes and memory, figures, as one page.
+def report_folder(run: Run) -> Path:
+    """`runs/<profile>/<protocol>/report[+<name>=<value>]`, the same for all splits and seeds."""
+    return runs_folder() / run.profile.name / run.protocol / f"report{run.suffix}"
 
-    Returns `runs/<profile>/<protocol>/report[+<name>=<value>]/index.html`.
-    """
+
+def write_report(plan: list[Step]) -> Path:
+    """Tables, notebooks with minutes and memory, figures, as one page: `index.html`."""
     run = plan[0].run
-    folder = runs_folder() / run.profile.name / run.protocol / f"report{run.suffix}"
+    folder = report_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [_row_of(step, folder) for step in plan]
+    rows = [_row_of(step) for step in plan]
     pictures = []
     for each in runs_of(plan):
         for path in sorted(each.folder.glob("figures/*.png")):
@@ -97,15 +99,24 @@ def write_report(plan: list[Step]) -> Path:
     return folder / "index.html"
 
 
-def _row_of(step: Step, folder: Path) -> dict:
-    """What the report says of a notebook; its page is written where it is older than it."""
+def write_page(step: Step) -> Path:
+    """The page of an executed notebook in the report, written where it is older than it."""
+    folder = report_folder(step.run)
+    page = folder / f"{step.notebook}-{step.run.split}-seed{step.run.seed}.html"
+    if not page.exists() or page.stat().st_mtime < step.output.stat().st_mtime:
+        text, _ = HTMLExporter().from_filename(str(step.output))
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = page.with_suffix(".partial")  # a page is whole, or written again
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(page)
+    return page
+
+
+def _row_of(step: Step) -> dict:
+    """What the report says of a notebook."""
     done, link = read_json(step.manifest) or {}, step.notebook
     if step.output.exists():
-        page = folder / f"{step.notebook}-{step.run.split}-seed{step.run.seed}.html"
-        if not page.exists() or page.stat().st_mtime < step.output.stat().st_mtime:
-            text, _ = HTMLExporter().from_filename(str(step.output))
-            page.write_text(text, encoding="utf-8")
-        link = f'<a href="{page.name}">{step.notebook}</a>'
+        link = f'<a href="{write_page(step).name}">{step.notebook}</a>'
     return {"notebook": link, "split": step.run.split, "seed": step.run.seed, "state": state(step),
             "minutes": round(done["seconds"] / 60, 1) if done else "",
             "peak memory (GB)": done.get("peak_memory_gb", "")}
