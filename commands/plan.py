@@ -93,13 +93,14 @@ def step_graph(steps: list[Step]) -> dict[Step, list[Step]]:
 # --- stages ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Job:
-    """One stage of one run, made by a process of its own: `run.py stage <name>`."""
+    """Stages of one run, made by a process of its own: `run.py stage <name> ...`."""
     run: Run
     name: str
+    stages: tuple[str, ...]
 
     @property
     def command(self) -> list[str]:
-        return [sys.executable, str(settings.ROOT / "run.py"), "stage", self.name,
+        return [sys.executable, str(settings.ROOT / "run.py"), "stage", *self.stages,
                 *self.run.options, "--set", "processes=1"]
 
     def __str__(self) -> str:
@@ -124,15 +125,20 @@ def notebook_of(run: Run, name: str) -> str:
 
 
 def stage_graph(plan: list[Step]) -> dict[Job, list[Job]]:
-    """Each stage that the plan's notebooks make, and the stages it has to wait for."""
-    jobs = {}
+    """The stages that the plan's notebooks make as jobs, and the jobs that each has to wait for.
+
+    The fusion variants of a run are one job: each takes less time than a process to start.
+    """
+    stages = {}
     for step in plan:
         for name in stage_names(step.run):
             if notebook_of(step.run, name) == step.notebook:
-                jobs[step.run, name] = Job(step.run, name)
+                kind = "fusion" if name.startswith("fusion-") else name
+                stages.setdefault((step.run, kind), []).append(name)
+    jobs = {(run, kind): Job(run, kind, tuple(names)) for (run, kind), names in stages.items()}
     graph = {}
-    for (run, name), job in jobs.items():
-        reads = info_of(run, name).reads
+    for (run, _), job in jobs.items():
+        reads = info_of(run, job.stages[0]).reads
         graph[job] = [jobs[run, other] for other in reads if (run, other) in jobs]
     return graph
 
@@ -185,14 +191,8 @@ def step_key(step: Step) -> str:
 @functools.cache
 def catalogue_hash(run: Run) -> str:
     """The hash of what notebooks read of the catalogue themselves; once for a command."""
-    from engine.catalogue import (
-        CLASSES,
-        LAYOUTS,
-        PUBLISHED,
-        catalogue_folder,
-        find_layout,
-        pictures_digest,
-    )
+    from engine.catalogue import CLASSES, LAYOUTS, PUBLISHED, catalogue_folder, find_layout
+    from engine.rows import pictures_digest
 
     folder = catalogue_folder(run)
     layout = LAYOUTS[find_layout(folder)]

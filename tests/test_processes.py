@@ -196,9 +196,13 @@ def one_after_another(tmp_path_factory) -> dict:
 def test_the_graph_names_what_each_stage_reads():
     whole = stage_graph(make_plan("sample", ["90-10", "80-20"], [0, 1], {}))
     run = h.open_run("sample", "90-10", 0)
-    assert len(whole) == 4 * len(stage_names(run)) == 4 * 20
+    assert len(whole) == 4 * 11 and sum(len(job.stages) for job in whole) == 4 * 20
+    for each in {job.run for job in whole}:
+        stages = [name for job in whole if job.run == each for name in job.stages]
+        assert stages == stage_names(run)
     assert all(job.run == other.run for job, after in whole.items() for other in after)
-    fusion = next(job for job in whole if job.name == "fusion-concat-add")
+    fusion = next(job for job in whole if job.name == "fusion")
+    assert len(fusion.stages) == 10 and "fusion-concat-add" in fusion.stages
     assert {job.name for job in whole[fusion]} == {"splits", *h.REPRESENTATIONS.values()}
     early = [job for job, after in whole.items() if {a.name for a in after} <= {"splits", "text"}]
     assert len(early) == 4 * 8
