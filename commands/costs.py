@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, CamembertConfig, FlaubertConfig, PreTrainedConfig
 
 import helpers as h
-from engine.catalogue import catalogue_folder, load_catalogue, select_rows
+from engine.catalogue import catalogue_folder, load_catalogue
 from engine.runs import Run
 from engine.settings import FIELDS, REPRESENTATIONS, SPLITS, VALIDATION_SHARE, Profile
 from engine.text_models import checkpoint_place
@@ -153,7 +153,7 @@ def find_sizes(profile: Profile) -> Sizes:
         source = ("no catalogue that can be read is here, so rows and text lengths are those of "
                   "the public data, measured on 2,818 product texts.")
     else:
-        products = select_rows(products, profile.rows)
+        products = h.select_rows(products, profile.rows)
         some, rows = products.sample(min(len(products), 2000), random_state=0), len(products)
         means = {field: mean_tokens(some[field], profile) for field in FIELDS}
         source = f"words of {len(some):,} rows of the catalogue x {TOKENS_PER_WORD} tokens."

@@ -26,6 +26,7 @@ from engine.files import one_line
 from engine.image_models import check_network, hub_repository, weight_file
 from engine.pictures import decode_picture
 from engine.progress import cores
+from engine.rows import chosen_labels, chosen_products
 from engine.runs import Run, from_root, runs_folder
 from engine.settings import PROFILES, TEXT_ENCODERS
 from engine.text_models import look_at_checkpoint
@@ -194,15 +195,15 @@ def check_catalogue(run: Run) -> list[Check]:
     checks = [Check("catalogue", "ok", f"{catalogue.find_layout(folder)} layout in {folder}")]
     if wrong := fault(catalogue.load_catalogue, folder):
         return [*checks, Check("tables", "fatal", wrong, "correct the table or get it again")]
-    wrong = fault(lambda: h.make_split(catalogue.chosen_labels(run), run.split, run.seed))
+    wrong = fault(lambda: h.make_split(chosen_labels(run), run.split, run.seed))
     return [*checks, judge("rows", f"the {run.protocol} rows can be split {run.split}", wrong,
                            "choose other rows, or get the tables again")]
 
 
 def chosen_rows(run: Run) -> pd.DataFrame:
     """The run's rows; none, where `check_catalogue` says why."""
-    wrong = fault(catalogue.chosen_products, run)
-    return pd.DataFrame() if wrong else catalogue.chosen_products(run)
+    wrong = fault(chosen_products, run)
+    return pd.DataFrame() if wrong else chosen_products(run)
 
 
 def check_counts(run: Run) -> list[Check]:

@@ -1,4 +1,4 @@
-"""Both public layouts as one table, checked; the rows that a run is about."""
+"""Both public layouts as one table, checked."""
 from __future__ import annotations
 
 import importlib.util
@@ -8,14 +8,13 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pandas as pd
 
 from engine import settings
-from engine.files import hash_file, hash_json, one_line, read_json
+from engine.files import hash_file, one_line, read_json
 from engine.fingerprint import content
 from engine.runs import Run, from_root
-from engine.settings import FIELDS, PROFILES, choices, one_of
+from engine.settings import FIELDS, PROFILES
 
 LAYOUTS = {
     "ENS": {
@@ -68,8 +67,13 @@ def catalogue_folder(run: Run) -> Path:
 
 
 def sample_generator() -> ModuleType:
-    """The module data/sample_catalogue.py."""
+    """The module data/sample_catalogue.py, loaded again once it or its words have changed."""
     path = CLASSES.with_name("sample_catalogue.py")
+    return _load_generator(path, hash_file(path), hash_file(path.with_name("sample_words.toml")))
+
+
+@lru_cache(maxsize=1)
+def _load_generator(path: Path, *state: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location("sample_catalogue", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -188,10 +192,9 @@ def absent_pictures(products: pd.DataFrame) -> list[str]:
 
 def picture_sizes(products: pd.DataFrame) -> list[int]:
     """The bytes of each product's picture; 0 if it is not there."""
-    folders = {Path(path).parent for path in products["picture"]}
     sizes = {}
-    for folder in folders:
-        if folder.is_dir():
+    for folder in set(map(os.path.dirname, products["picture"])):
+        if os.path.isdir(folder):
             sizes |= {entry.path: entry.stat().st_size for entry in os.scandir(folder)
                       if entry.is_file()}
     return [sizes.get(path, 0) for path in products["picture"]]
@@ -204,81 +207,3 @@ def check_pictures(products: pd.DataFrame, todo: str = "") -> None:
         raise ValueError(f"{len(absent):,} of {len(products):,} pictures are absent or empty in "
                          f"{Path(absent[0]).parent}: {names}; "
                          f"{todo or '`run.py doctor` lists them all'}")
-
-
-# --- the rows that a run is about -----------------------------------------------------------------
-def select_rows(products: pd.DataFrame, rows: str, limit: int = 0, seed: int = 0) -> pd.DataFrame:
-    """The rows that a protocol keeps: "described" (a description that is not blank) or "all".
-
-    Under "all" a missing description is the empty text. The encoders read it as `<s></s>` and
-    learn during fine-tuning what a missing text means; its vector is theirs, and so within the
-    distribution that standardising sees, as a vector of zeros would not be. To TF-IDF it is an
-    empty document.
-
-    `limit` above 0 keeps so many of them: at least 3 of each class (or all, if it has fewer), and
-    class shares as close as whole rows allow (Sainte-Lague's method). `seed` chooses, the order of
-    the file does not. ValueError, with the smallest limit that works, if no split could be made.
-    """
-    if one_of("rows", rows, choices("rows")) == "described":
-        products = products[products["description"].str.strip() != ""]
-    products = products.reset_index(drop=True)
-    if products.empty:
-        raise ValueError(f"no row is left by rows={rows!r}; use rows='all', or get the tables "
-                         "again")
-    if not limit or limit >= len(products):
-        return products
-    classes = products["label_id"].nunique()
-    if limit < 3 * classes:
-        raise ValueError(f"limit={limit} is too small for {classes} classes; set it to at least "
-                         f"{3 * classes}")
-    labels = products.sort_values("product_id")["label_id"].sample(frac=1, random_state=seed)
-    turn = labels.groupby(labels).cumcount()  # 0 for a class's first row
-    claim = (labels.map(labels.value_counts()) / (turn + 0.5)).mask(turn < 3, np.inf)
-    kept = claim.sort_values(ascending=False, kind="stable").index[:limit]
-    return products.loc[kept.sort_values()].reset_index(drop=True)
-
-
-def chosen_products(run: Run) -> pd.DataFrame:
-    """The run's rows of its catalogue, as `load_catalogue` gives them, in order of product id."""
-    folder = catalogue_folder(run)
-    layout, profile = LAYOUTS[find_layout(folder)], run.profile
-    tables = [folder / layout["x"], folder / layout["y"], CLASSES]
-    state = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in tables)
-    seed = run.seed if profile.limit else 0
-    return _chosen(folder, profile.rows, profile.limit, seed, state).copy()
-
-
-@lru_cache(maxsize=4)
-def _chosen(folder: Path, rows: str, limit: int, seed: int, state: tuple) -> pd.DataFrame:
-    products = select_rows(load_catalogue(folder), rows, limit, seed)
-    return products.sort_values("product_id", ignore_index=True)
-
-
-def frame_digest(table: pd.DataFrame) -> str:
-    """The hash of a table's contents."""
-    return hash_json(table.to_dict("list"))
-
-
-@content(lambda run, stage: frame_digest(chosen_labels(run)))
-def chosen_labels(run: Run) -> pd.DataFrame:
-    """[product_id, label_id] of the run's rows, in order of product id."""
-    return chosen_products(run)[["product_id", "label_id"]]
-
-
-@content(lambda run, stage: frame_digest(chosen_texts(run)))
-def chosen_texts(run: Run) -> pd.DataFrame:
-    """[product_id, title, description] of the run's rows as they are, in order of product id."""
-    return chosen_products(run)[["product_id", *FIELDS]]
-
-
-def pictures_digest(run: Run, stage: str = "") -> str:
-    """The hash of the run's product ids and the names and sizes of their pictures."""
-    products = chosen_products(run)
-    names = [Path(path).name for path in products["picture"]]
-    return hash_json([products["product_id"].tolist(), names, picture_sizes(products)])
-
-
-@content(pictures_digest)
-def chosen_pictures(run: Run) -> pd.DataFrame:
-    """[product_id, picture (path)] of the run's rows, in order of product id."""
-    return chosen_products(run)[["product_id", "picture"]]

@@ -15,11 +15,11 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from engine import fingerprint
-from engine.catalogue import chosen_products, chosen_texts, frame_digest, pictures_digest
 from engine.files import cache_file, hash_json
 from engine.fingerprint import content
 from engine.pictures import open_picture
 from engine.progress import Progress, cores
+from engine.rows import chosen_products, pictures_digest, texts_digest
 from engine.runs import Run
 from engine.settings import FIELDS
 from engine.texts import strip_html
@@ -126,5 +126,5 @@ def chosen_groups(run: Run) -> np.ndarray | None:
         save_file({"groups": duplicate_groups(products, all_signs(products))}, path)
 
     code = [fingerprint.code_of(function).hash for function in (duplicate_groups, picture_signs)]
-    name = hash_json([code, frame_digest(chosen_texts(run)), pictures_digest(run)])[:16]
+    name = hash_json([code, texts_digest(run), pictures_digest(run)])[:16]
     return load_file(cache_file(f"groups-{name}.safetensors", write))["groups"]

@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 
 from engine import fingerprint
-from engine.catalogue import chosen_pictures, pictures_digest
 from engine.files import cache_file, hash_json, one_line
 from engine.progress import Progress, cores
+from engine.rows import chosen_pictures, pictures_digest
 from engine.runs import Run
 
 

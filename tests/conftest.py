@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the network
+# Test processes share the cores: more threads, here and in what they start, only wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizer
 from xdist.scheduler import LoadScopeScheduling
@@ -23,9 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import helpers as h
-from engine import catalogue, fingerprint, keys
-
-torch.set_num_threads(1)  # tensors are tiny: more threads only wait for each other
+from engine import fingerprint, keys, rows
 
 # Twelve invented titles and some description sentences of five classes; the first description is
 # missing.
@@ -166,7 +165,8 @@ def isolate(patch: pytest.MonkeyPatch, folder: Path, catalogue_folder: Path) -> 
     patch.setenv("STUDY_CACHE", str(folder / "cache"))
     patch.setenv("RAKUTEN_DATA", str(catalogue_folder))
     patch.delenv("STUDY_EVENTS", raising=False)
-    catalogue._chosen.cache_clear()
+    rows._chosen.cache_clear()
+    rows._digest.cache_clear()
 
 
 @pytest.fixture

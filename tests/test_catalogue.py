@@ -12,7 +12,7 @@ from PIL import Image
 import helpers as h
 from conftest import tiny_products
 from engine import keys
-from engine.catalogue import chosen_products
+from engine.rows import chosen_products
 from engine.settings import FROZEN_STAGES, STAGES
 
 COLUMNS = ["title", "description", "product_id", "image_id", "prdtypecode", "label_id", "picture"]

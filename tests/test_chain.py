@@ -62,7 +62,8 @@ def command(place: Path, *words: str) -> tuple[list[str], dict]:
     # The chain may not need HF_HUB_OFFLINE, which conftest.py sets.
     ours = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     environment = {**ours, "STUDY_RUNS": str(place / "runs"), "PYTHONPATH": str(place / "spy"),
-                   "STUDY_TEST_CONNECTIONS": str(place / "connections"), "COLUMNS": "200"}
+                   "STUDY_TEST_CONNECTIONS": str(place / "connections"), "COLUMNS": "200",
+                   "STUDY_CORES": "1"}  # the other one is another test process's
     return [sys.executable, str(ROOT / "run.py"), *words], environment
 
 

@@ -8,8 +8,8 @@ from PIL import Image
 
 import helpers as h
 from engine import duplicates
-from engine.catalogue import chosen_products
 from engine.duplicates import NEAR_SIGNS, duplicate_groups, near_pairs, picture_signs, text_key
+from engine.rows import chosen_products
 from engine.runs import cache_folder
 
 LONG = "Housse de coussin en velours doux pour le salon, {} cm, lavable en machine"

@@ -163,8 +163,8 @@ def test_a_room_that_carries_results_changes_no_key(run, add, room):
 
 
 @pytest.mark.parametrize("room, name", [
-    ("engine.catalogue", "select_rows"), ("engine.catalogue", "load_catalogue"),
-    ("engine.catalogue", "read_products"), ("engine.catalogue", "chosen_texts"),
+    ("engine.rows", "select_rows"), ("engine.catalogue", "load_catalogue"),
+    ("engine.catalogue", "read_products"), ("engine.rows", "chosen_texts"),
     ("engine.duplicates", "duplicate_groups"), ("engine.duplicates", "near_pairs")])
 def test_what_chooses_rows_counts_by_the_rows_that_it_chooses(make_run, add, room, name):
     run = make_run(grouped=True)
@@ -178,6 +178,7 @@ BROKEN = [
     ("engine.pictures", "decode_picture", ON_IMAGES),
     ("engine.duplicates", "text_key", NOTHING),
     ("engine.catalogue", "encode_labels", NOTHING),
+    ("engine.rows", "select_rows", NOTHING),
     ("engine.training", "EpochSampler.__iter__", ON_ENCODERS),
     ("engine.training", "rows_at_a_time", ON_ENCODERS),
     ("engine.vectors", "encode_rows", ON_ENCODERS - {"seresnext"}),

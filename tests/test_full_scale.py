@@ -13,7 +13,8 @@ from transformers import CamembertConfig, CamembertModel, FlaubertConfig, Flaube
 import helpers as h
 from commands import doctor, inputs
 from conftest import ROOT, isolate
-from engine.catalogue import chosen_products, sample_generator
+from engine.catalogue import sample_generator
+from engine.rows import chosen_products
 
 
 @pytest.fixture(scope="module")

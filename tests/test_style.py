@@ -26,8 +26,8 @@ ALLOWED_TAGS = {"parameters", "nbval-check-output", "nbval-skip", "nbval-ignore-
                 "raises-exception"}
 # These answer in the first second, so what they import does too.
 LIGHT = ["commands.plan", "commands.store", "engine.settings", "engine.runs", "engine.files",
-         "engine.progress", "engine.fingerprint", "engine.catalogue", "engine.texts",
-         "engine.pictures"]
+         "engine.progress", "engine.fingerprint", "engine.catalogue", "engine.rows",
+         "engine.texts", "engine.pictures"]
 
 
 # --- rooms and arrows -----------------------------------------------------------------------------

@@ -1,0 +1,116 @@
+"""The rows of its catalogue that a run is about: labels, texts, pictures, each with its digest."""
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from engine.catalogue import (
+    CLASSES,
+    LAYOUTS,
+    catalogue_folder,
+    find_layout,
+    load_catalogue,
+    picture_sizes,
+)
+from engine.files import hash_json
+from engine.fingerprint import content
+from engine.runs import Run
+from engine.settings import FIELDS, choices, one_of
+
+LABELS, TEXTS = ("product_id", "label_id"), ("product_id", *FIELDS)
+
+
+def select_rows(products: pd.DataFrame, rows: str, limit: int = 0, seed: int = 0) -> pd.DataFrame:
+    """The rows that a protocol keeps: "described" (a description that is not blank) or "all".
+
+    Under "all" a missing description is the empty text. The encoders read it as `<s></s>` and
+    learn during fine-tuning what a missing text means; its vector is theirs, and so within the
+    distribution that standardising sees, as a vector of zeros would not be. To TF-IDF it is an
+    empty document.
+
+    `limit` above 0 keeps so many of them: at least 3 of each class (or all, if it has fewer), and
+    class shares as close as whole rows allow (Sainte-Lague's method). `seed` chooses, the order of
+    the file does not. ValueError, with the smallest limit that works, if no split could be made.
+    """
+    if one_of("rows", rows, choices("rows")) == "described":
+        products = products[products["description"].str.strip() != ""]
+    products = products.reset_index(drop=True)
+    if products.empty:
+        raise ValueError(f"no row is left by rows={rows!r}; use rows='all', or get the tables "
+                         "again")
+    if not limit or limit >= len(products):
+        return products
+    classes = products["label_id"].nunique()
+    if limit < 3 * classes:
+        raise ValueError(f"limit={limit} is too small for {classes} classes; set it to at least "
+                         f"{3 * classes}")
+    labels = products.sort_values("product_id")["label_id"].sample(frac=1, random_state=seed)
+    turn = labels.groupby(labels).cumcount()  # 0 for a class's first row
+    claim = (labels.map(labels.value_counts()) / (turn + 0.5)).mask(turn < 3, np.inf)
+    kept = claim.sort_values(ascending=False, kind="stable").index[:limit]
+    return products.loc[kept.sort_values()].reset_index(drop=True)
+
+
+def chosen_products(run: Run) -> pd.DataFrame:
+    """The run's rows of its catalogue, as `load_catalogue` gives them, in order of product id."""
+    return _chosen(*_choice(run)).copy()
+
+
+def _choice(run: Run) -> tuple:
+    """What decides which rows are chosen, and what they hold."""
+    folder = catalogue_folder(run)
+    layout, profile = LAYOUTS[find_layout(folder)], run.profile
+    tables = [folder / layout["x"], folder / layout["y"], CLASSES]
+    state = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in tables)
+    seed = run.seed if profile.limit else 0
+    return folder, profile.rows, profile.limit, seed, state
+
+
+@lru_cache(maxsize=4)
+def _chosen(folder: Path, rows: str, limit: int, seed: int, state: tuple) -> pd.DataFrame:
+    products = select_rows(load_catalogue(folder), rows, limit, seed)
+    return products.sort_values("product_id", ignore_index=True)
+
+
+@lru_cache(maxsize=16)
+def _digest(columns: tuple[str, ...], *choice: object) -> str:
+    return hash_json(_chosen(*choice)[list(columns)].to_dict("list"))
+
+
+def labels_digest(run: Run, stage: str = "") -> str:
+    """The hash of what `chosen_labels` gives."""
+    return _digest(LABELS, *_choice(run))
+
+
+@content(labels_digest)
+def chosen_labels(run: Run) -> pd.DataFrame:
+    """[product_id, label_id] of the run's rows, in order of product id."""
+    return chosen_products(run)[list(LABELS)]
+
+
+def texts_digest(run: Run, stage: str = "") -> str:
+    """The hash of what `chosen_texts` gives."""
+    return _digest(TEXTS, *_choice(run))
+
+
+@content(texts_digest)
+def chosen_texts(run: Run) -> pd.DataFrame:
+    """[product_id, title, description] of the run's rows as they are, in order of product id."""
+    return chosen_products(run)[list(TEXTS)]
+
+
+def pictures_digest(run: Run, stage: str = "") -> str:
+    """The hash of the run's product ids and the names and sizes of their pictures."""
+    products = chosen_products(run)
+    names = [os.path.basename(path) for path in products["picture"]]
+    return hash_json([products["product_id"].tolist(), names, picture_sizes(products)])
+
+
+@content(pictures_digest)
+def chosen_pictures(run: Run) -> pd.DataFrame:
+    """[product_id, picture (path)] of the run's rows, in order of product id."""
+    return chosen_products(run)[["product_id", "picture"]]
