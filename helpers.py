@@ -114,7 +114,7 @@ from engine.text_models import (
     train_bpe,
     train_tokenizer,
 )
-from engine.texts import clean_text, clean_texts, strip_html
+from engine.texts import clean_text, clean_texts, decode_entities, has_words, strip_html
 from engine.training import (
     EpochSampler,
     RowDataset,

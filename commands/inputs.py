@@ -218,8 +218,8 @@ def check_counts(run: Run) -> list[Check]:
 def check_rows(products: pd.DataFrame, public: bool) -> list[Check]:
     """Row counts, for Rakuten's files beside the public ones, and the 27 codes."""
     rows, texts = len(products), products["description"]
-    filled, described = int((texts != "").sum()), int((texts.str.strip() != "").sum())
-    tables, told = f"{rows:,} labelled rows", f"{filled:,} not missing, {described:,} not blank"
+    filled, described = int((texts != "").sum()), int(texts.map(h.has_words).sum())
+    tables, told = f"{rows:,} labelled rows", f"{filled:,} not missing, {described:,} with words"
     if public:
         tables += f" (public: {LABELLED:,})"
         told += (f" (public: {NOT_MISSING:,}; data/rakuten_classes.csv sums to {NOT_BLANK:,}; "

@@ -20,12 +20,13 @@ from engine.files import hash_json
 from engine.fingerprint import content
 from engine.runs import Run
 from engine.settings import FIELDS, choices, one_of
+from engine.texts import has_words
 
 LABELS, TEXTS = ("product_id", "label_id"), ("product_id", *FIELDS)
 
 
 def select_rows(products: pd.DataFrame, rows: str, limit: int = 0, seed: int = 0) -> pd.DataFrame:
-    """The rows that a protocol keeps: "described" (a description that is not blank) or "all".
+    """The rows that a protocol keeps: "described" (by a word, not by `<br />` alone) or "all".
 
     Under "all" a missing description is the empty text. The encoders read it as `<s></s>` and
     learn during fine-tuning what a missing text means; its vector is theirs, and so within the
@@ -37,7 +38,7 @@ def select_rows(products: pd.DataFrame, rows: str, limit: int = 0, seed: int = 0
     the file does not. ValueError, with the smallest limit that works, if no split could be made.
     """
     if one_of("rows", rows, choices("rows")) == "described":
-        products = products[products["description"].str.strip() != ""]
+        products = products[products["description"].map(has_words)]
     products = products.reset_index(drop=True)
     if products.empty:
         raise ValueError(f"no row is left by rows={rows!r}; use rows='all', or get the tables "

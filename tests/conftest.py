@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import settings
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizer
 from xdist.scheduler import LoadScopeScheduling
@@ -25,6 +26,10 @@ sys.path.insert(0, str(ROOT))
 
 import helpers as h
 from engine import fingerprint, keys, rows
+
+# The same cases each time; a slow machine is no failure.
+settings.register_profile("study", deadline=None, derandomize=True, database=None)
+settings.load_profile("study")
 
 # Twelve invented titles and some description sentences of five classes; the first description is
 # missing.

@@ -1,10 +1,15 @@
 """Text: cleaning against examples worked by hand, tokenizers, and encoders against one row at a
 time.
 """
+import time
+
 import nltk
 import numpy as np
 import pytest
 import torch
+from bs4 import BeautifulSoup
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import helpers as h
@@ -39,15 +44,77 @@ ODD_TEXTS = ["<mask>", "a <mask> b", "a<mask>b </s> c", "  deux   espaces ", "sa
     ('<a href="x.html" title="y">lien</a>', "lien"),
     ("&inconnu; reste", "&inconnu; reste"),
     ("emoji 🧸 œuf", "emoji 🧸 œuf"),
+    ("<head><title>Un</title></head><body>Deux</body>", "Un Deux"),
+    ("<html><head>un</head><body>deux</body></html>", "un deux"),
+    ("<table><b>un</b><tr><td>deux</td></tr></table>", "un deux"),  # in the order it is written
+    ('<p class="x>un</p>', "un"),                                # a quote that is not closed
+    ('<p style="font-family: "Arial";">un</p>', "un"),
+    ('<a title="a > b">un</a>', "un"),
+    ("<a\nhref='x'>un</a><td width=10 nowrap>deux<input disabled>", "un deux"),
+    ("<o:p></o:p><?xml:namespace prefix = o /><!DOCTYPE html>un", "un"),  # of a word processor
+    ("L&amp;apos;arbre caf&amp;eacute;", "L'arbre café"),       # written twice
+    ("&amp;amp;lt;b&amp;amp;gt;gras &amp;amp;amp;", "gras &"),
+    ("d\x92argent, 5 \x80, suite\x85", "d’argent, 5 €, suite…"),  # as Windows meant it
+    ("a\x81b", "a b"),                                          # not even Windows knew it
 ])
 def test_strip_html_as_worked_by_hand(text, plain):
     assert h.strip_html(text) == plain
     assert h.clean_text(text, "light") == plain
 
 
-@pytest.mark.parametrize("text", ["&amp;lt;b&amp;gt;", "&amp;lt;b&amp;gt; <i>z</i>"])
-def test_entities_are_decoded_once_with_or_without_a_tag(text):
-    assert h.strip_html(text).startswith("&lt;b&gt;")
+@pytest.mark.parametrize("text", [
+    "<<Les Vagues>>", "<NEUF>", "poids<lourd 3 kg", "<ref 2203 blanche", "<table basse> bois",
+    "<3 de nos clients", "prix <12:30>", "a --> b", "un <a href=", "un <b ", "un </p",
+    "R&D <-> SAV", '<a href="x" Table en bois', "<img src=x.jpg Chaise et <b"])
+def test_what_is_no_whole_tag_stays(text):
+    assert h.strip_html(text) == text.strip()
+
+
+@pytest.mark.parametrize("text", ["un <!-- deux", "un <script>deux", "un <style type='a'>deux",
+                                  "<!-- caché -->un <!-- deux", "<b>un</b> <script>deux</style"])
+def test_what_is_hidden_without_an_end_is_shown(text):
+    shown = h.strip_html(text).split()
+    assert shown[:2] == ["un", "deux"] or shown == ["un", "deux</style"]
+
+
+WORDS = ["bois", "l'été", "é", "10", "5<6", "<NEUF>", "poids<lourd"]
+MARKS = ["<br>", "<br />", "</p>", "<b>", "<o:p>", "<a ", "<p", "</", "<", ">", "&", '"', "&lt;",
+         "<x", "&amp;euro;", "-->", "\x92"]
+
+
+@given(st.lists(st.sampled_from(WORDS + MARKS), max_size=20).map(" ".join))
+def test_no_word_is_lost_or_glued(text):
+    found = h.strip_html(text)
+    for word in WORDS:
+        assert found.split().count(word) == text.split().count(word)
+
+
+@given(st.recursive(
+    st.sampled_from(["un", "deux trois", "l'été", "5 cm"]),
+    lambda inside: st.tuples(st.sampled_from(["p", "b", "div", "ul", "span", "h2"]),
+                             st.sampled_from(["", " class='a'", ' id="b" title="c > d"']),
+                             st.lists(inside, max_size=4)).map(
+        lambda part: f"<{part[0]}{part[1]}>{'<br/>'.join(part[2])}</{part[0]}>"), max_leaves=12))
+def test_whole_html_reads_as_a_parser_reads_it(text):
+    parsed = BeautifulSoup(text, "html.parser").get_text(" ")
+    assert h.strip_html(text) == " ".join(parsed.split())
+
+
+@pytest.mark.parametrize("piece", [
+    "<div>", "<", '<a href="', "<a b='c' ", "<!--", "<script>", "amp;", "&#38;", "#38;", "b=", '"'])
+def test_a_megabyte_of_anything_takes_seconds(piece):
+    """Twice the text takes about twice the time; quadratic, it would take minutes."""
+    text = "&<a " + piece * (1_000_000 // len(piece))
+    start = time.process_time()
+    h.strip_html(text)
+    assert time.process_time() - start < 30
+
+
+@pytest.mark.parametrize("text, said", [
+    ("", False), ("<br />", False), (" <p>&nbsp;</p> ", False), ("...", False),
+    ("<!-- un -->", False), ("<p>un</p>", True), ("5", True), ("<NEUF>", True)])
+def test_a_text_has_words_or_not(text, said):
+    assert h.has_words(text) == said
 
 
 @pytest.mark.parametrize("text", [
@@ -74,7 +141,7 @@ def test_light_keeps_case_and_punctuation_and_paper_does_not():
 
 
 def test_cleaning_a_clean_text_changes_nothing():
-    """Not true of every text: NLTK writes an opening " as ``, and a decoded &lt; may open a tag."""
+    """Not true of every text: NLTK writes an opening " as ``."""
     for text in RAW:
         for how in choices("clean"):
             once = h.clean_text(text, how)
