@@ -31,7 +31,7 @@ lab: .venv/installed ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks
 
 clean: ## remove what runs have made (the environment and Rakuten's files stay)
-	rm -rf runs data/sample data/cache data/cache.lock .pytest_cache .ruff_cache __pycache__ */__pycache__
+	rm -rf runs data/sample data/cache data/*.lock .pytest_cache .ruff_cache __pycache__ */__pycache__
 
 # An environment that is there is used as it is, with what was installed into it before: PyTorch's CPU build, say.
 # One whose Python is gone is made anew. `installed` comes last, so an interrupted installation is repeated.

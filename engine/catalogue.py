@@ -9,11 +9,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pandas as pd
+from filelock import FileLock
 
 from engine import settings
 from engine.files import hash_file, one_line, read_json
 from engine.fingerprint import content
-from engine.runs import Run, from_root
+from engine.runs import Run, cache_folder, from_root
 from engine.settings import FIELDS, PROFILES
 
 LAYOUTS = {
@@ -57,10 +58,11 @@ def load_published() -> pd.DataFrame:
 def catalogue_folder(run: Run) -> Path:
     """Where the run's catalogue lies; makes the sample if it is missing or of other sources.
 
-    RAKUTEN_DATA replaces `data/raw`. FileNotFoundError says what to do if there is no catalogue.
+    The sample lies beside the cache, data/cache unless STUDY_CACHE names another. RAKUTEN_DATA
+    replaces `data/raw`. FileNotFoundError says what to do if there is no catalogue.
     """
     if run.profile.data == PROFILES["sample"].data:
-        return _current_sample(settings.ROOT / run.profile.data)
+        return _current_sample(cache_folder().with_name("sample"))
     folder = from_root(os.environ.get("RAKUTEN_DATA") or run.profile.data)
     find_layout(folder)
     return folder
@@ -82,9 +84,16 @@ def _load_generator(path: Path, *state: str) -> ModuleType:
 
 def _current_sample(folder: Path) -> Path:
     generator = sample_generator()
-    written = read_json(folder / "sample.json") or {}
-    if written.get("source_sha256") != generator.source_hash():
-        generator.write_catalogue(folder)
+
+    def is_current() -> bool:
+        written = read_json(folder / "sample.json") or {}
+        return written.get("source_sha256") == generator.source_hash()
+
+    if not is_current():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not is_current():  # another process may have made it meanwhile
+                generator.write_catalogue(folder)
     return folder
 
 

@@ -242,12 +242,14 @@ class ByFile(LoadScopeScheduling):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log) -> ByFile:
+    config.option.loadscopereorder = False  # the longest first, as below, not the most tests
     return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The notebooks come after the chain, and are slow."""
+    """The notebooks come after the chain, and are slow; the longest files come first."""
     for item in items:
         if item.path.suffix == ".ipynb":
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.path.name != "test_chain.py")
+    longest = ("test_chain.py", "test_full_scale.py", "test_processes.py")
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else 9)

@@ -2,7 +2,10 @@
 stage depends on what it is given of the catalogue, and on nothing else there.
 """
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -11,7 +14,7 @@ from PIL import Image
 
 import helpers as h
 from conftest import tiny_products
-from engine import keys
+from engine import catalogue, keys
 from engine.rows import chosen_products
 from engine.settings import FROZEN_STAGES, STAGES
 
@@ -299,3 +302,21 @@ def test_what_a_run_leaves_out_changes_none_of_its_stages(make_run, tiny_ens, se
 
     assert stale(run, change) == set()
     assert (h.load_catalogue(tiny_ens)["title"] == "un autre titre").sum() == 1
+
+
+def test_two_who_need_the_sample_at_once_make_it_once_beside_the_cache(monkeypatch, tmp_path):
+    made = []
+
+    def write_catalogue(folder):
+        made.append(folder)
+        time.sleep(0.2)
+        folder.mkdir()
+        (folder / "sample.json").write_text('{"source_sha256": "now"}')
+
+    sample = SimpleNamespace(source_hash=lambda: "now", write_catalogue=write_catalogue)
+    monkeypatch.setattr(catalogue, "sample_generator", lambda: sample)
+    monkeypatch.setenv("STUDY_CACHE", str(tmp_path / "cache"))
+    run = h.open_run("sample", "90-10", 0)
+    with ThreadPoolExecutor(2) as pool:
+        found = set(pool.map(h.catalogue_folder, [run, run]))
+    assert found == {tmp_path / "sample"} == set(made) and len(made) == 1

@@ -136,7 +136,8 @@ def test_all_errors_docstrings_and_type_hints_may_change(run, monkeypatch):
             monkeypatch.setitem(SOURCES, room, ast.unparse(ast.fix_missing_locations(tree)))
 
     assert stale(run, edit) == NOTHING
-    assert SOURCES["engine.texts"].count("Another docstring.") == 4
+    texts = SOURCES["engine.texts"]
+    assert texts.count("Another docstring.") == texts.count("def ") > 0
     assert "(reworded)" in SOURCES["engine.pictures"] and "-> object" in SOURCES["helpers"]
 
 

@@ -13,16 +13,15 @@ from transformers import CamembertConfig, CamembertModel, FlaubertConfig, Flaube
 import helpers as h
 from commands import doctor, inputs
 from conftest import ROOT, isolate
-from engine.catalogue import sample_generator
 from engine.rows import chosen_products
 
 
 @pytest.fixture(scope="module")
-def ens(tmp_path_factory):
-    """About 1,800 invented products of all 27 classes, as challengedata.ens.fr lays them out."""
-    folder = tmp_path_factory.mktemp("ens")
-    sample_generator().write_catalogue(folder)
-    return folder
+def ens():
+    """About 1,800 invented products of all 27 classes, as challengedata.ens.fr lays them out: the
+    sample's.
+    """
+    return h.catalogue_folder(h.open_run("sample", "90-10", 0))
 
 
 @pytest.fixture(scope="module")

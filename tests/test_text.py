@@ -102,12 +102,12 @@ def test_whole_html_reads_as_a_parser_reads_it(text):
 
 @pytest.mark.parametrize("piece", [
     "<div>", "<", '<a href="', "<a b='c' ", "<!--", "<script>", "amp;", "&#38;", "#38;", "b=", '"'])
-def test_a_megabyte_of_anything_takes_seconds(piece):
-    """Twice the text takes about twice the time; quadratic, it would take minutes."""
-    text = "&<a " + piece * (1_000_000 // len(piece))
+def test_a_long_text_of_anything_takes_a_second(piece):
+    """Quadratic, it would take minutes."""
+    text = "&<a " + piece * (300_000 // len(piece))
     start = time.process_time()
     h.strip_html(text)
-    assert time.process_time() - start < 30
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("text, said", [
