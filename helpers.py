@@ -78,7 +78,13 @@ from engine.image_models import (
     refusal,
 )
 from engine.keys import makes, one_look
-from engine.pictures import DecodedPictures, cached_pictures, decode_picture, open_picture
+from engine.pictures import (
+    DecodedPictures,
+    as_rgb,
+    cached_pictures,
+    decode_picture,
+    open_picture,
+)
 from engine.processes import device
 from engine.progress import Progress
 from engine.rows import chosen_labels, chosen_pictures, chosen_texts, select_rows

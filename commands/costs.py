@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, CamembertConfig, FlaubertConfig,
 
 import helpers as h
 from engine.catalogue import catalogue_folder, load_catalogue
+from engine.pictures import cache_bytes
 from engine.runs import Run
 from engine.settings import FIELDS, REPRESENTATIONS, SPLITS, VALIDATION_SHARE, Profile
 from engine.text_models import checkpoint_place
@@ -215,12 +216,7 @@ def stage_work(profile: Profile, split: str, sizes: Sizes) -> list[Work]:
 def cache_gb(profile: Profile, rows: int) -> float:
     """Disk that the decoded pictures take, once for each size that is used."""
     sizes = {profile.image_size, profile.region_size} if profile.cache_pictures else ()
-    return sum(cache_bytes(rows, size) for size in sizes) / 1e9
-
-
-def cache_bytes(rows: int, size: int) -> int:
-    """Bytes of `rows` decoded pictures: 3 a pixel."""
-    return rows * 3 * size ** 2
+    return sum(cache_bytes((rows, 3, size, size)) for size in sizes) / 1e9
 
 
 # --- the table ------------------------------------------------------------------------------------

@@ -36,12 +36,12 @@ from commands.inputs import (
 from engine import settings
 from engine.files import read_json
 from engine.keys import folder_of
+from engine.pictures import cache_bytes
 from engine.progress import cores
 from engine.runs import Run, cache_folder, runs_folder
 from engine.settings import SPLITS
 
 # --- the machine and the libraries ----------------------------------------------------------------
-NPY_HEADER = 128  # bytes before the numbers in a NumPy file
 MEMORY_GB = {"sample": 4, "paper": 12}  # paper: an encoder in training, the features, the tables
 
 
@@ -82,7 +82,7 @@ def stage_files(run: Run) -> list[Path]:
 def picture_files(run: Run, rows: int) -> list[Path]:
     """The files of decoded pictures that are as large as this run's."""
     sizes = (run.profile.image_size, run.profile.region_size)
-    ours = {costs.cache_bytes(rows, size) + NPY_HEADER for size in sizes}
+    ours = {cache_bytes((rows, 3, size, size)) for size in sizes}
     return [path for path in cache_folder().glob("pictures-*.npy") if path.stat().st_size in ours]
 
 

@@ -40,7 +40,7 @@ CLASSES = settings.ROOT / "data" / "rakuten_classes.csv"
 PUBLISHED = settings.ROOT / "data" / "published_results.csv"
 
 
-@content(lambda run, stage: hash_file(CLASSES))
+@content(lambda run: hash_file(CLASSES))
 def load_classes() -> pd.DataFrame:
     """The 27 classes: label_id, prdtypecode, domain, name_fr, name_en, train_rows, and
     rows_with_description.
@@ -48,7 +48,7 @@ def load_classes() -> pd.DataFrame:
     return pd.read_csv(CLASSES)
 
 
-@content(lambda run, stage: hash_file(PUBLISHED))
+@content(lambda run: hash_file(PUBLISHED))
 def load_published() -> pd.DataFrame:
     """The figures of the paper and of its published code, each with its source."""
     return pd.read_csv(PUBLISHED)

@@ -17,7 +17,7 @@ from scipy.sparse.csgraph import connected_components
 from engine import fingerprint
 from engine.files import cache_file, hash_json
 from engine.fingerprint import content
-from engine.pictures import open_picture
+from engine.pictures import as_rgb, open_picture
 from engine.progress import Progress, cores
 from engine.rows import chosen_products, pictures_digest, texts_digest
 from engine.runs import Run
@@ -54,7 +54,7 @@ def picture_signs(path: str | Path) -> np.ndarray:
     side = 4 * HASH_SIDE
     with open_picture(path) as picture:
         picture.draft("L", (side, side))  # a JPEG is decoded at a part of its size
-        small = picture.convert("L").resize((side, side), Image.Resampling.BOX)
+        small = as_rgb(picture).convert("L").resize((side, side), Image.Resampling.BOX)
     grey = np.asarray(small, dtype=np.float32)
     if grey.std() < PLAIN_PICTURE:
         return np.zeros(HASH_SIDE ** 2, dtype=np.int8)
@@ -108,7 +108,7 @@ def all_signs(products: pd.DataFrame) -> np.ndarray:
         bar.close()
 
 
-def _groups_digest(run: Run, stage: str) -> str:
+def _groups_digest(run: Run) -> str:
     groups = chosen_groups(run)
     return "" if groups is None else hash_json(groups.tolist())
 

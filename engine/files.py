@@ -3,12 +3,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from functools import cache
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 from filelock import FileLock
 
+from engine.progress import Progress, cores
 from engine.runs import cache_folder, from_root
 
 
@@ -33,6 +37,54 @@ def hash_source(source: str) -> str:
         return source
     files = (file for file in path.rglob("*") if file.is_file())
     return hash_json({str(file.relative_to(path)): hash_file(file) for file in files})
+
+
+def hash_files(paths: Sequence[str]) -> list[str]:
+    """The hash of each file's bytes, "" if it is not there.
+
+    Hashes are kept in the cache with a file's size and times, so that each is read once.
+    """
+    found = {}
+    for folder in sorted(set(map(os.path.dirname, paths))):
+        if os.path.isdir(folder):
+            found |= _hash_folder(folder, set(paths))
+    return [found.get(path, "") for path in paths]
+
+
+def _hash_folder(folder: str, wanted: set[str]) -> dict[str, str]:
+    place = cache_folder() / f"hashes-{hash_json(folder)[:16]}.json"
+    known = _kept_hashes(place, place.stat().st_mtime_ns if place.exists() else 0)
+    with os.scandir(folder) as entries:
+        states = {entry.path: _state(entry.stat()) for entry in entries
+                  if entry.path in wanted and entry.is_file()}
+    todo = [path for path, state in states.items() if known.get(path, ("",))[0] != state]
+    if todo:
+        bar = Progress(f"reading {Path(folder).name}", len(todo), "files")
+        with ThreadPoolExecutor(cores()) as pool:  # hashlib works outside the interpreter's lock
+            digests = list(bar.track(pool.map(_fast_hash, todo)))
+        bar.close()
+        known = known | {path: (states[path], digest) for path, digest in zip(todo, digests)}
+        with suppress(OSError):  # where nothing can be kept, they are read again
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(place.parent.with_suffix(".lock")):
+                write_json(place, known)
+    return {path: known[path][1] for path in states}
+
+
+def _state(about: os.stat_result) -> str:
+    """What changes when a file's bytes do: the second time even if a program sets back the first.
+    """
+    return f"{about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
+
+
+def _fast_hash(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
+
+
+@lru_cache(maxsize=8)
+def _kept_hashes(place: Path, mtime: int) -> dict[str, tuple[str, str]]:
+    return read_json(place) or {}
 
 
 def hash_json(value: object) -> str:

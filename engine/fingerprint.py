@@ -25,10 +25,12 @@ NO_CONSTANTS = ("PROFILES", "STAGES", "FROZEN_STAGES", "TYPES", "LIMITS", "ROOT"
 # runs.
 SOURCES = {room: path.read_text(encoding="utf-8") for room, path in ROOMS.items()}
 DIGESTS: dict[str, Callable] = {}
+OF_STAGE: set[Callable] = set()
 
 
-def content(digest: Callable) -> Callable:
-    """Mark a function of this study by the contents that it gives: `digest(run, stage)`, a text.
+def content(digest: Callable, of_stage: bool = False) -> Callable:
+    """Mark a function of this study by the contents that it gives: `digest(run)`, a text, or
+    `digest(run, stage)` where they are not the same for all stages.
 
     A stage that calls it depends on that digest, and neither on the function's code nor on the
     settings that it reads. So what chooses rows may change while the chosen rows stay the same.
@@ -36,6 +38,7 @@ def content(digest: Callable) -> Callable:
     def mark(function: Callable) -> Callable:
         for known in (function, digest):
             DIGESTS[known.__name__] = digest
+        OF_STAGE.update({digest} if of_stage else ())
         return function
 
     return mark

@@ -123,7 +123,7 @@ def refusal(network: nn.Module, width: int, side: int) -> str:
 
 
 # --- weights --------------------------------------------------------------------------------------
-@content(lambda run, stage: hash_source(image_weights(run)))
+@content(lambda run: hash_source(image_weights(run)))
 def image_weights(run: Run) -> str:
     """What the setting `image_weights` says: "imagenet", "none", or a file."""
     return run.profile.image_weights

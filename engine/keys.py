@@ -50,6 +50,16 @@ def recipe_of(run: Run, name: str) -> dict:
         return known[run, name]
 
 
+def _content_of(run: Run, name: str, function: str) -> str:
+    """The digest of what a function of `content` gives to a stage."""
+    digest = fingerprint.DIGESTS[function]
+    arguments = (run, name) if digest in fingerprint.OF_STAGE else (run,)
+    with one_look() as known:
+        if (digest, *arguments) not in known:
+            known[digest, *arguments] = digest(*arguments)
+        return known[digest, *arguments]
+
+
 def _look_up_recipe(run: Run, name: str) -> dict:
     code = fingerprint.code_of(MAKERS[kind_of(name)])
     values = vars(run.profile) | {"split": run.split, "seed": run.seed}
@@ -57,7 +67,7 @@ def _look_up_recipe(run: Run, name: str) -> dict:
         "stage": name,
         "code": code.hash,
         "settings": {key: values[key] for key in code.settings if key not in SPEED_ONLY},
-        "contents": {key: fingerprint.DIGESTS[key](run, name) for key in code.contents},
+        "contents": {key: _content_of(run, name, key) for key in code.contents},
         "reads": {other: key_of(run, other) for other in info_of(run, name).reads},
     }
 
@@ -69,7 +79,7 @@ def key_of(run: Run, name: str) -> str:
 
 @contextmanager
 def one_look() -> Iterator[dict]:
-    """Within, recipes are worked out once: what stages are given is looked at once."""
+    """Within, recipes are worked out once: what stages are given is looked at once, too."""
     token = _RECIPES.set({}) if _RECIPES.get() is None else None
     try:
         yield _RECIPES.get()

@@ -1,7 +1,6 @@
 """The rows of its catalogue that a run is about: labels, texts, pictures, each with its digest."""
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,9 +13,8 @@ from engine.catalogue import (
     catalogue_folder,
     find_layout,
     load_catalogue,
-    picture_sizes,
 )
-from engine.files import hash_json
+from engine.files import hash_files, hash_json
 from engine.fingerprint import content
 from engine.runs import Run
 from engine.settings import FIELDS, choices, one_of
@@ -82,7 +80,7 @@ def _digest(columns: tuple[str, ...], *choice: object) -> str:
     return hash_json(_chosen(*choice)[list(columns)].to_dict("list"))
 
 
-def labels_digest(run: Run, stage: str = "") -> str:
+def labels_digest(run: Run) -> str:
     """The hash of what `chosen_labels` gives."""
     return _digest(LABELS, *_choice(run))
 
@@ -93,7 +91,7 @@ def chosen_labels(run: Run) -> pd.DataFrame:
     return chosen_products(run)[list(LABELS)]
 
 
-def texts_digest(run: Run, stage: str = "") -> str:
+def texts_digest(run: Run) -> str:
     """The hash of what `chosen_texts` gives."""
     return _digest(TEXTS, *_choice(run))
 
@@ -104,11 +102,10 @@ def chosen_texts(run: Run) -> pd.DataFrame:
     return chosen_products(run)[list(TEXTS)]
 
 
-def pictures_digest(run: Run, stage: str = "") -> str:
-    """The hash of the run's product ids and the names and sizes of their pictures."""
+def pictures_digest(run: Run) -> str:
+    """The hash of the run's product ids and of what their pictures' files hold."""
     products = chosen_products(run)
-    names = [os.path.basename(path) for path in products["picture"]]
-    return hash_json([products["product_id"].tolist(), names, picture_sizes(products)])
+    return hash_json([products["product_id"].tolist(), hash_files(products["picture"].tolist())])
 
 
 @content(pictures_digest)

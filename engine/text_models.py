@@ -33,7 +33,7 @@ def _source_digest(run: Run, stage: str) -> str:
     return hash_source(text_source(run, encoder))
 
 
-@content(_source_digest)
+@content(_source_digest, of_stage=True)
 def text_source(run: Run, encoder: str) -> str:
     """What the setting of a text encoder names: a checkpoint, or "small"."""
     return getattr(run.profile, encoder)

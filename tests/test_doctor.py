@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 
 import helpers as h
 import run as study
-from commands import costs, doctor, inputs
+from commands import doctor, inputs
 from conftest import isolate, tiny_products
 from engine.files import write_json
 from engine.image_models import PAPER_WEIGHTS
 from engine.keys import folder_of
-from engine.runs import runs_folder
+from engine.pictures import cache_bytes
+from engine.runs import cache_folder, runs_folder
 
 TEXTS = tiny_products()["title"].tolist()
 SMALL_TEXT = {"camembert": "small", "flaubert": "small", "text_width": 64, "text_layers": 1}
@@ -234,13 +235,10 @@ def test_text_encoders_of_different_widths_are_refused_before_hours(checkpoints,
     assert check.state == "ok"
 
 
-def test_other_files_in_the_cache_are_not_taken_for_this_runs(make_run, tmp_path):
-    np.save(tmp_path / "a.npy", np.zeros((2, 3, 4, 4), dtype=np.uint8))
-    header = (tmp_path / "a.npy").stat().st_size - costs.cache_bytes(2, 4)
-    assert header == doctor.NPY_HEADER
-    run, cache = make_run(image_size=2000, region_size=2000), tmp_path / "cache"
+def test_other_files_in_the_cache_are_not_taken_for_this_runs(make_run):
+    run, cache = make_run(image_size=2000, region_size=2000), cache_folder()
     cache.mkdir(parents=True)
-    own = costs.cache_bytes(55, 2000) + doctor.NPY_HEADER
+    own = cache_bytes((55, 3, 2000, 2000))
     for name, size, used in (("other", 10 ** 9, "0.0"), ("own", own, "0.7")):
         with (cache / f"pictures-{name}.npy").open("wb") as file:
             file.truncate(size)

@@ -1,4 +1,5 @@
 """Pictures: decoding, normalisation, augmentation, the cache."""
+import os
 from collections import namedtuple
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import torch
 from PIL import Image
 
 import helpers as h
-from engine import fingerprint
+from engine import files, fingerprint
+from engine import pictures as pictures_room
 from engine.files import cache_file
+from engine.rows import pictures_digest
 from engine.runs import cache_folder
 
 
@@ -30,12 +33,93 @@ def test_decoded_picture_has_the_size_and_its_colours_in_place(halves):
     assert (found[2, :, :18] == 0).all() and (found[2, :, 22:] == 255).all()
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA"])
-def test_every_mode_becomes_rgb(tmp_path, mode):
-    path = tmp_path / ("x.jpg" if mode in ("L", "CMYK") else "x.png")
-    Image.new("RGB", (30, 30), (128, 128, 128)).convert(mode).save(path)
+def written(picture: Image.Image, path: Path, **options) -> Path:
+    picture.save(path, **options)
+    return path
+
+
+GREY = Image.new("RGB", (30, 30), (128, 128, 128))
+RED = Image.new("RGB", (30, 30), (255, 0, 0))
+# {(mode in the file, its format): what is written}. All that Pillow opens from these formats.
+SEEN_AS_GREY = {
+    ("L", "JPEG"): GREY.convert("L"), ("RGB", "JPEG"): GREY, ("CMYK", "JPEG"): GREY.convert("CMYK"),
+    ("RGB", "WEBP"): GREY, ("RGB", "BMP"): GREY, ("RGB", "TIFF"): GREY,
+    ("L", "TIFF"): GREY.convert("L"),
+    ("CMYK", "TIFF"): GREY.convert("CMYK"), ("YCbCr", "TIFF"): GREY.convert("YCbCr"),
+    ("RGBA", "TIFF"): GREY.convert("RGBA"),
+    ("RGB", "PNG"): GREY, ("L", "PNG"): GREY.convert("L"), ("LA", "PNG"): GREY.convert("LA"),
+    ("P", "PNG"): GREY.quantize(4), ("RGBA", "PNG"): GREY.convert("RGBA"), ("P", "GIF"): GREY,
+    ("I;16", "PNG"): Image.fromarray(np.full((30, 30), 128 * 257, np.uint16)),
+    ("I;16", "TIFF"): Image.fromarray(np.full((30, 30), 128 * 257, np.uint16)),
+    ("I;16B", "TIFF"): Image.frombytes("I;16B", (30, 30), b"\x80\x80" * 900),
+}
+REFUSED = {("I", "TIFF"): Image.new("I", (30, 30), 128),
+           ("F", "TIFF"): Image.new("F", (30, 30), 0.5),
+           ("LAB", "TIFF"): Image.new("LAB", (30, 30), (128, 128, 128))}
+
+
+@pytest.mark.parametrize("mode, kind", SEEN_AS_GREY)
+def test_every_mode_shows_the_colour_that_was_meant(tmp_path, mode, kind):
+    path = written(SEEN_AS_GREY[mode, kind], tmp_path / "x.jpg", format=kind)  # all named jpg
+    with Image.open(path) as picture:
+        assert picture.format == kind and picture.mode == mode
     found = h.decode_picture(path, 16)
-    assert found.shape == (3, 16, 16) and np.abs(found.astype(int) - 128).max() < 12
+    assert found.shape == (3, 16, 16) and np.abs(found.astype(int) - 128).max() < 5
+
+
+@pytest.mark.parametrize("mode, kind", REFUSED)
+def test_a_mode_without_an_agreed_white_is_refused_by_name(tmp_path, mode, kind):
+    path = written(REFUSED[mode, kind], tmp_path / "x.tif", format=kind)
+    with pytest.raises(ValueError, match=rf"x\.tif cannot be read \(its mode {mode} has no agreed"):
+        h.decode_picture(path, 16)
+
+
+def test_one_bit_is_black_and_white(tmp_path):
+    for value, grey in ((0, 0), (1, 255)):
+        for kind in ("PNG", "TIFF", "BMP"):
+            path = written(Image.new("1", (30, 30), value), tmp_path / "x", format=kind)
+            assert (h.decode_picture(path, 16) == grey).all()
+
+
+def test_what_is_transparent_is_white_and_no_hidden_colour(tmp_path):
+    hidden = RED.convert("RGBA")
+    hidden.putalpha(0)
+    palette = RED.convert("P")
+    half = RED.convert("RGBA")
+    half.putalpha(128)
+    cases = [(hidden, {}, (255, 255, 255)), (hidden, {"format": "WEBP", "exact": True}, (255,) * 3),
+             (palette, {"transparency": palette.getpixel((0, 0))}, (255, 255, 255)),
+             (Image.merge("LA", [Image.new("L", (30, 30), 9), Image.new("L", (30, 30), 0)]), {},
+              (255, 255, 255)),
+             (RED, {"transparency": (255, 0, 0)}, (255, 255, 255)),
+             (half, {}, (255, 127, 127)), (RED.convert("RGBA"), {}, (255, 0, 0))]
+    for picture, options, colour in cases:
+        path = written(picture, tmp_path / "x.png", **{"format": "PNG", **options})
+        assert h.decode_picture(path, 16)[:, 8, 8].tolist() == list(colour)
+
+
+def test_a_picture_is_upright_as_its_exif_says(tmp_path, halves):
+    exif = Image.Exif()
+    exif[0x0112] = 8  # to be turned by a quarter, so that the right side is on top
+    with Image.open(halves) as picture:
+        path = written(picture, tmp_path / "turned.png", exif=exif)
+    found = h.decode_picture(path, 40)
+    assert (found[2, :18] == 255).all() and (found[0, 22:] == 255).all()
+
+
+def test_the_first_picture_of_an_animation_counts(tmp_path):
+    path = written(RED, tmp_path / "x.gif", save_all=True, append_images=[GREY], duration=100)
+    assert h.decode_picture(path, 16)[:, 8, 8].tolist() == [255, 0, 0]
+    one = written(RED.crop((0, 0, 1, 1)), tmp_path / "one.png")
+    assert (h.decode_picture(one, 16) == np.array([255, 0, 0]).reshape(3, 1, 1)).all()
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "PPM", "ICO"])
+def test_another_format_is_refused_and_starts_no_program(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("was started"))
+    path = written(GREY, tmp_path / "x.jpg", format=kind)
+    with pytest.raises(ValueError, match=r"x\.jpg cannot be read \(.*download it again"):
+        h.decode_picture(path, 16)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a picture"])
@@ -111,7 +195,7 @@ def products(run, tiny_ens):
 
 
 def caches() -> list[Path]:
-    return list(cache_folder().iterdir()) if cache_folder().exists() else []
+    return list(cache_folder().glob("pictures-*"))
 
 
 def test_cache_equals_decoding_in_order_of_product_id_and_is_made_once(run, products, monkeypatch):
@@ -143,6 +227,63 @@ def test_cache_notices_a_picture_of_another_size(run, products):
     Image.new("RGB", (50, 50), (0, 255, 0)).save(products["picture"][3])
     changed = (h.cached_pictures(run, 16) != before).any((1, 2, 3))
     assert changed.nonzero()[0].tolist() == [3]
+
+
+def test_cache_notices_another_content_of_the_same_name_size_and_time(run, products):
+    before, path = np.array(h.cached_pictures(run, 16)), Path(products["picture"][3])
+    about = path.stat()
+    Image.new("RGB", (80, 80), (0, 255, 0)).save(path, quality=20)
+    path.write_bytes(path.read_bytes().ljust(about.st_size, b"\0"))
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert path.stat().st_size == about.st_size
+    changed = (h.cached_pictures(run, 16) != before).any((1, 2, 3))
+    assert changed.nonzero()[0].tolist() == [3] and len(caches()) == 2
+
+
+def test_a_picture_is_hashed_once_until_it_changes(run, products, monkeypatch):
+    read, hash_one = [], files._fast_hash
+    monkeypatch.setattr(files, "_fast_hash", lambda path: read.append(path) or hash_one(path))
+    first = pictures_digest(run)
+    assert len(read) == 55 and pictures_digest(run) == first and len(read) == 55
+    files._kept_hashes.cache_clear()  # as in another process
+    assert pictures_digest(run) == first and len(read) == 55
+    (Path(products["picture"][0]).parent / ".DS_Store").write_bytes(b"x")
+    assert pictures_digest(run) == first and len(read) == 55
+    Image.new("RGB", (9, 9)).save(products["picture"][0])
+    assert pictures_digest(run) != first and len(read) == 56
+    Path(products["picture"][1]).unlink()
+    assert pictures_digest(run) != first and len(read) == 56
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda content: content[:-4000] + bytes(3996) + content[-4:], "pictures 0 to 54;"),
+    (lambda content: content[:200] + bytes([content[200] ^ 4]) + content[201:], "pictures 0 to"),
+    (lambda content: content[:1000], "1,000 bytes"), (lambda content: b"", "0 bytes")],
+    ids=["zeroed", "one bit", "cut off", "empty"])
+def test_a_damaged_cache_is_named_and_mended(run, damage, said):
+    before = np.array(h.cached_pictures(run, 16))
+    (cache,) = caches()
+    whole = cache.read_bytes()
+    cache.write_bytes(damage(whole))
+    with pytest.warns(UserWarning, match=f"{cache.name} is damaged: {said}.* decoded again"):
+        found = h.cached_pictures(run, 16)
+    assert np.array_equal(found, before) and cache.read_bytes() == whole
+    h.cached_pictures(run, 16)  # without a warning, which pytest would make an error
+
+
+def test_one_block_is_mended_alone(run, monkeypatch):
+    monkeypatch.setattr(pictures_room, "BLOCK", 10)
+    before, decoded = np.array(h.cached_pictures(run, 16)), []
+    (cache,) = caches()
+    with cache.open("r+b") as file:
+        file.seek(pictures_room.NPY_HEADER + 53 * 3 * 16 * 16)  # in the last block, of 5 pictures
+        file.write(bytes(100))
+    read = pictures_room.open_picture
+    monkeypatch.setattr(pictures_room, "open_picture",
+                        lambda path: decoded.append(path) or read(path))
+    with pytest.warns(UserWarning, match="pictures 50 to 54; they are decoded again"):
+        assert np.array_equal(h.cached_pictures(run, 16), before)
+    assert len(decoded) == 5
 
 
 def test_cache_notices_another_way_of_decoding(run, monkeypatch):
