@@ -61,7 +61,7 @@ def _hash_folder(folder: str, wanted: set[str]) -> dict[str, str]:
     if todo:
         bar = Progress(f"reading {Path(folder).name}", len(todo), "files")
         with ThreadPoolExecutor(cores()) as pool:  # hashlib works outside the interpreter's lock
-            digests = list(bar.track(pool.map(_fast_hash, todo)))
+            digests = list(bar.track(pool.map(fast_hash, todo)))
         bar.close()
         known = known | {path: (states[path], digest) for path, digest in zip(todo, digests)}
         with suppress(OSError):  # where nothing can be kept, they are read again
@@ -77,7 +77,8 @@ def _state(about: os.stat_result) -> str:
     return f"{about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
 
 
-def _fast_hash(path: str) -> str:
+def fast_hash(path: str | Path) -> str:
+    """The hash of a file's bytes as they are now."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
@@ -85,6 +86,20 @@ def _fast_hash(path: str) -> str:
 @lru_cache(maxsize=8)
 def _kept_hashes(place: Path, mtime: int) -> dict[str, tuple[str, str]]:
     return read_json(place) or {}
+
+
+def seal(place: Path, files: Sequence[Path]) -> None:
+    """Write the hashes of finished files into `place`, so that damage is seen."""
+    write_json(place, {str(file.relative_to(place.parent)): fast_hash(file) for file in files})
+
+
+def damaged_file(place: Path, without: Sequence[str] = ()) -> str:
+    """The first file that is not as it was sealed, "" if all are; `without` some that may lack."""
+    for file, digest in (read_json(place) or {place.name: ""}).items():
+        path = place.parent / file
+        if not (path.is_file() and fast_hash(path) == digest) and file not in without:
+            return file
+    return ""
 
 
 def hash_json(value: object) -> str:

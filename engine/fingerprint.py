@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {f"engine.{path.stem}": path for path in sorted((ROOT / "engine").glob("[!_]*.py"))}
 ROOMS["helpers"] = ROOT / "helpers.py"
-CARRIERS = ("engine.files", "engine.fingerprint", "engine.keys", "engine.processes",
-            "engine.progress", "engine.runs", "engine.stages", "engine.tensors")
+CARRIERS = ("engine.checkpoints", "engine.files", "engine.fingerprint", "engine.keys",
+            "engine.processes", "engine.progress", "engine.runs", "engine.stages", "engine.tensors")
 REFUSE = ("check_", "refuse_")  # so begin the names of functions that raise or do nothing
 NO_CONSTANTS = ("PROFILES", "STAGES", "FROZEN_STAGES", "TYPES", "LIMITS", "ROOT")
 # The text of each room as it was imported: an edit under an open kernel changes the file, not what

@@ -45,7 +45,8 @@ from engine.progress import Progress, report_event
 from engine.runs import Run, runs_folder
 from engine.settings import stage_info
 
-UNTIL_WHOLE = ("trained.safetensors",)  # what a stopped stage goes on from; no part of it
+# What a stopped stage goes on from; no part of it.
+UNTIL_WHOLE = ("trained.safetensors", "trained.json")
 LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "timm", "pretrainedmodels",
              "scikit-learn", "numpy", "pandas")
 # The stages that the one which is being made may read.

@@ -30,15 +30,14 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from engine.files import read_json
-from engine.processes import agreed, device, group, wait_for_file
+from engine.checkpoints import is_trained, last_checkpoint, seal_checkpoint, seal_training
+from engine.processes import device, group, wait_for_file
 from engine.progress import Progress, cores
 from engine.settings import Profile
 from engine.tensors import save_table, save_weights
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()  # Progress shows what the Trainer does
-CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
 # --- rows and their order -------------------------------------------------------------------------
@@ -145,6 +144,11 @@ class StudyCallback(TrainerCallback):
             control.should_save = True
             control.should_log = True  # so that an epoch's loss survives a stop
 
+    def on_save(self, args, state, control, **kwargs):
+        group().wait_for_everyone()  # each process writes its random state
+        if group().is_main_process:
+            seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
 
@@ -159,7 +163,7 @@ def training_arguments(profile: Profile, folder: Path, batch: int, rows: int,
         output_dir=folder / "checkpoints", max_grad_norm=1.0, lr_scheduler_type="linear",
         per_device_train_batch_size=rows, per_device_eval_batch_size=2 * rows,
         gradient_accumulation_steps=batch // group().num_processes // rows,
-        eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", save_total_limit=1,
+        eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", save_total_limit=2,
         load_best_model_at_end=True, metric_for_best_model="macro_f1", greater_is_better=True,
         restore_callback_states_from_checkpoint=True,  # how long early stopping has waited
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=not cuda,
@@ -198,7 +202,7 @@ def trained_once(model: nn.Module, attempt: Callable[[int], pd.DataFrame], folde
     `folder`/trained.safetensors, so that a stop while features are written loses no training.
     """
     trained = folder / "trained.safetensors"
-    if not agreed(trained.exists()):
+    if not is_trained(folder):
         start = {name: value.clone() for name, value in model.cpu().state_dict().items()}
         sizes = iter(rows_at_a_time(batch, profile.device_batch))
         if group().num_processes > 1 and device().type == "cuda":
@@ -214,6 +218,7 @@ def trained_once(model: nn.Module, attempt: Callable[[int], pd.DataFrame], folde
         group().wait_for_everyone()  # all have read the best epoch
         save_table(folder / "curve.csv", curve)
         save_weights(trained, model.state_dict())
+        seal_training(folder)
     wait_for_file(trained)
     model.load_state_dict(load_file(trained))
     if group().is_main_process:
@@ -250,25 +255,6 @@ def memory_explained(rows: int) -> Iterator[None]:
         raise ValueError(f"out of memory with {rows} row(s) on a device at a time; set {smaller}a "
                          "smaller max_length or image_size, precision=bf16, or "
                          "gradient_checkpointing=True") from error
-
-
-def last_checkpoint(folder: Path, half: bool) -> str | None:
-    """The newest whole checkpoint, the same for all processes; what a stop left is removed.
-
-    A GPU in another precision than fp16 (`half`) cannot read fp16's scaler, and does without it.
-    """
-    newest = None
-    if group().is_main_process:
-        checkpoints = folder.glob("checkpoint-*")
-        for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1])):
-            whole = all((checkpoint / file).exists() for file in CHECKPOINT_FILES)
-            if whole and read_json(checkpoint / "trainer_state.json"):  # written last
-                newest = str(checkpoint)
-            else:
-                shutil.rmtree(checkpoint)
-            if not half:
-                (checkpoint / "scaler.pt").unlink(missing_ok=True)
-    return agreed(newest)
 
 
 def learning_curve(history: list[dict]) -> pd.DataFrame:

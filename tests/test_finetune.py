@@ -1,5 +1,7 @@
 """Fine-tuning: learns, keeps the best epoch, repeats itself, goes on after a kill where it was."""
+import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +17,13 @@ from transformers import TrainerState, set_seed
 
 import elsewhere
 import helpers as h
+from engine.checkpoints import seal_checkpoint
 from engine.files import read_json, write_json
 from engine.processes import processes_for
 from engine.runs import runs_folder
 from engine.settings import make_profile
+from engine.stages import UNTIL_WHOLE
 from engine.training import (
-    CHECKPOINT_FILES,
     EpochSampler,
     RowDataset,
     StudyCallback,
@@ -57,14 +60,16 @@ def cloud(n: int, seed: int, noise: float) -> RowDataset:
 
 
 def train(folder: Path, seed: int = 0, epochs: int = 4, noise: float = 0.5, lr: float = 0.1,
-          **settings):
+          keep: bool = False, **settings):
     """(the model, its curve, the validation rows) of a small separable problem."""
     set_seed(seed)
     model, val = h.Classifier(Identity(), 4, CLASSES), cloud(40, 2, noise)
     curve = h.finetune(
         model, cloud(64, 1, noise), val, folder, make_profile("sample", settings),
         collate=default_collate, epochs=epochs, batch=8, lr=lr, weight_decay=0.01, seed=seed)
-    (folder / "trained.safetensors").unlink()  # as `stage` does
+    if not keep:
+        for file in UNTIL_WHOLE:  # as `stage` does
+            (folder / file).unlink()
     return model, curve, val
 
 
@@ -223,7 +228,8 @@ def train_exactly(folder: Path, encoder: torch.nn.Module, **settings):
     curve = h.finetune(
         model, cloud(64, 1, 1.0), cloud(40, 2, 1.0), folder, make_profile("sample", settings),
         collate=default_collate, epochs=3, batch=8, lr=0.05, weight_decay=0.01, seed=0)
-    (folder / "trained.safetensors").unlink()
+    for file in UNTIL_WHOLE:
+        (folder / file).unlink()
     return model, curve
 
 
@@ -490,11 +496,8 @@ def uninterrupted(tmp_path_factory) -> pd.DataFrame:
     return train(tmp_path_factory.mktemp("whole"))[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("file", CHECKPOINT_FILES)
-def test_checkpoint_that_lacks_a_file_is_not_resumed_from(uninterrupted, tmp_path, monkeypatch,
-                                                          file):
-    """A kill while a checkpoint is removed leaves some of its files; the one before it is whole."""
+def stopped_after_three_epochs(folder: Path, monkeypatch) -> Path:
+    """The folder of checkpoints of a training that was stopped there."""
     begin = StudyCallback.on_epoch_begin
 
     def stop(self, args, state, control, **more):
@@ -504,11 +507,70 @@ def test_checkpoint_that_lacks_a_file_is_not_resumed_from(uninterrupted, tmp_pat
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(StudyCallback, "on_epoch_begin", stop)
-        train(tmp_path)
-    newest = tmp_path / "checkpoints" / "checkpoint-24"
-    (newest / file).unlink()
+        train(folder)
+    return folder / "checkpoints"
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {"a bit": flip_a_bit, "cut off": lambda path: os.truncate(path, path.stat().st_size // 2),
+           "empty": lambda path: os.truncate(path, 0), "missing": Path.unlink}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "scheduler.pt",
+                                  "rng_state.pth", "trainer_state.json", "hashes.json"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(
+        uninterrupted, tmp_path, monkeypatch, file, damage):
+    checkpoints = stopped_after_three_epochs(tmp_path, monkeypatch)
+    DAMAGES[damage](checkpoints / "checkpoint-24" / file)
+    steps = []
+    begin = StudyCallback.on_train_begin
+
+    def note_start(self, args, state, control, **more):
+        steps.append(state.global_step)
+        begin(self, args, state, control, **more)
+
+    monkeypatch.setattr(StudyCallback, "on_train_begin", note_start)
+    unsealed = (file, damage) == ("hashes.json", "missing")  # as a stop leaves it: no damage
+    said = nullcontext() if unsealed else pytest.warns(
+        UserWarning, match="checkpoint-24/.* is damaged: damaged-checkpoint-24 is set aside")
+    with said:
+        _, curve, _ = train(tmp_path)
+    assert steps == [8]  # the best epoch so far and the last one are kept
+    assert_frame_equal(curve, uninterrupted, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_without_the_best_epochs_checkpoint_training_starts_again(uninterrupted, tmp_path,
+                                                                  monkeypatch):
+    """Else its end would be the last epoch, by a line in the library's log alone."""
+    checkpoints = stopped_after_three_epochs(tmp_path, monkeypatch)
+    for checkpoint in checkpoints.iterdir():
+        state = read_json(checkpoint / "trainer_state.json")
+        write_json(checkpoint / "trainer_state.json",
+                   {**state, "best_model_checkpoint": str(checkpoints / "checkpoint-8")})
+        seal_checkpoint(checkpoint)
     _, curve, _ = train(tmp_path)
     assert_frame_equal(curve, uninterrupted, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_end_of_a_training_is_not_used(tmp_path, damage):
+    _, curve, _ = train(tmp_path, keep=True)
+    trained = tmp_path / "trained.safetensors"
+    whole = trained.read_bytes()
+    DAMAGES[damage](trained)
+    with pytest.warns(UserWarning, match="trained.safetensors is damaged; the training is done "):
+        _, again, _ = train(tmp_path, keep=True)
+    assert_frame_equal(again, curve)
+    assert trained.read_bytes() == whole
 
 
 @pytest.mark.slow

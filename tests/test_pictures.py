@@ -241,8 +241,8 @@ def test_cache_notices_another_content_of_the_same_name_size_and_time(run, produ
 
 
 def test_a_picture_is_hashed_once_until_it_changes(run, products, monkeypatch):
-    read, hash_one = [], files._fast_hash
-    monkeypatch.setattr(files, "_fast_hash", lambda path: read.append(path) or hash_one(path))
+    read, hash_one = [], files.fast_hash
+    monkeypatch.setattr(files, "fast_hash", lambda path: read.append(path) or hash_one(path))
     first = pictures_digest(run)
     assert len(read) == 55 and pictures_digest(run) == first and len(read) == 55
     files._kept_hashes.cache_clear()  # as in another process
