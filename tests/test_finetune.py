@@ -412,11 +412,9 @@ def partials() -> list[Path]:
 
 def checkpoint_within_an_epoch() -> bool:
     """Whether a checkpoint of an epoch's middle, not of the first, is whole."""
-    for path in (runs_folder() / "stages").glob("*.partial/checkpoints/*/trainer_state.json"):
-        step = (read_json(path) or {"global_step": 0})["global_step"]
-        if step > STEPS and step % STEPS:
-            return True
-    return False
+    sealed = (runs_folder() / "stages").glob("*.partial/checkpoints/checkpoint-*/hashes.json")
+    steps = [int(path.parent.name.partition("-")[2]) for path in sealed]
+    return any(step > STEPS and step % STEPS for step in steps)
 
 
 def kill_within_an_epoch(run) -> None:
