@@ -1103,7 +1103,7 @@ def data_note(run: Run) -> str:
     """Which data the numbers belong to, for titles and reports."""
     rakuten = f"ours: Rakuten France, {run.protocol} rows"
     sample = "ours: the synthetic sample, another data set than the paper's"
-    ours = sample if run.profile.name == "sample" else rakuten
+    ours = sample if run.synthetic else rakuten
     return f"Percent, 95% bootstrap intervals, test part; {ours}; paper: as published."
 
 
@@ -1135,9 +1135,12 @@ def compare(run: Run, other: Run) -> pd.DataFrame:
 # 10 New products
 # ==================================================================================================
 def represent_products(run: Run, products: pd.DataFrame) -> dict[str, Tensor]:
-    """T_c, D_c, T_f, D_f and P [N, width] of any products [title, description, picture]."""
+    """T_c, D_c, T_f, D_f and P [N, width] of any products [title, description, picture]; a missing
+    text is an empty one.
+    """
     profile, found = run.profile, {}
-    texts = {field: clean_texts(products[field], profile.clean, f"cleaning each {field}")
+    raw = products[list(FIELDS)].astype(object).fillna("")
+    texts = {field: clean_texts(raw[field], profile.clean, f"cleaning each {field}")
              for field in FIELDS}
     for symbol, name in REPRESENTATIONS.items():
         if symbol == "P":
@@ -1172,7 +1175,8 @@ COLUMN, PAGE = 3.5, 7.2  # inches
 
 
 def figure(width: float = PAGE, height: float = 3.0, **subplots):
-    """`plt.subplots` in the study's look."""
+    """`plt.subplots` in the study's look, whatever a user's own matplotlib settings are."""
+    plt.rcdefaults()
     sns.set_theme(style="ticks", context="paper", rc={
         "figure.constrained_layout.use": True, "savefig.dpi": 200, "figure.dpi": 110,
         "axes.spines.top": False, "axes.spines.right": False,
@@ -1186,7 +1190,7 @@ def save_figure(run: Run, fig, name: str, data: pd.DataFrame) -> None:
     """
     folder = run.folder / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    if run.profile.name == "sample":
+    if run.synthetic:
         fig.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))  # keep the corner free
         fig.text(0.995, 0.005, "synthetic sample", ha="right", fontsize=6, color=COLOURS["paper"],
                  in_layout=False)

@@ -64,7 +64,8 @@ def text_config(profile: Profile, encoder: str) -> PreTrainedConfig | None:
             num_hidden_layers=profile.text_layers, intermediate_size=4 * profile.text_width,
             max_position_embeddings=profile.max_length + 2)
     try:
-        return AutoConfig.from_pretrained(checkpoint_place(source), local_files_only=True)
+        return AutoConfig.from_pretrained(checkpoint_place(source), local_files_only=True,
+                                          trust_remote_code=False)
     except (OSError, ValueError):
         return None
 
@@ -74,7 +75,7 @@ def text_network(profile: Profile, encoder: str, tokens: int) -> Network:
     """A text encoder on one text of `tokens` tokens, or of as many as it has positions for."""
     with torch.device("meta"):
         config = text_config(profile, encoder) or BASE_CONFIGS[encoder]
-        model = AutoModel.from_config(config).eval()
+        model = AutoModel.from_config(config, trust_remote_code=False).eval()
         longest = getattr(config, "max_position_embeddings", None) or -1
         shape = (1, min(tokens, longest) if longest > 0 else tokens)  # XLNet's has no limit: -1
         inputs = {"inputs_embeds": torch.empty(*shape, config.hidden_size)}

@@ -18,7 +18,7 @@ import psutil
 from rich.console import Console
 
 from commands.plan import Job, Step, step_key
-from engine.files import write_json
+from engine.files import read_json, write_json
 from engine.progress import cores
 
 LOG_SECONDS = 15  # a log gets a line so often, a terminal one line that moves
@@ -88,8 +88,8 @@ def execute(steps: dict[Step, list[Step]], labels: dict[Step, str], at_a_time: i
                       f"{result['peak_memory_gb']:.1f} GB", highlight=False)
         beside.submit(after, step)
 
-    with (console.status("starting") as status, ThreadPoolExecutor(at_a_time) as pool,
-          ThreadPoolExecutor(1) as beside):
+    with (own_kernel(), console.status("starting") as status,
+          ThreadPoolExecutor(at_a_time) as pool, ThreadPoolExecutor(1) as beside):
         def submit(step: Step) -> Future:
             key = step_key(step)  # before it runs: an edit meanwhile is seen
             return pool.submit(execute_one, step, key, labels[step], share, board)
@@ -113,7 +113,8 @@ def execute_one(step: Step, key: str, label: str, share: str, board: Board) -> d
         path.touch()
         with path.open(encoding="utf-8") as lines:
             board.events[label] = (lines, events := [])
-            given = {"STUDY_EVENTS": str(path), "STUDY_CORES": share, "OMP_NUM_THREADS": share}
+            given = {"STUDY_EVENTS": str(path), "STUDY_CORES": share, "OMP_NUM_THREADS": share,
+                     "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
             first = FIRST_LINE.format(given=given, path=str(path))
             try:
                 papermill.execute_notebook(
@@ -121,15 +122,46 @@ def execute_one(step: Step, key: str, label: str, share: str, board: Board) -> d
                     progress_bar=False, extra_arguments=[
                         "--IPKernelApp.log_level=50", f"--IPKernelApp.exec_lines={first}"])
             except Exception as error:
-                raise StepFailed(describe_failure(step, error)) from error
+                raise StepFailed(describe_failure(step, error, board.peaks.get(label, 0))) \
+                    from error
             finally:
                 del board.events[label]
             events += map(json.loads, lines)
+    if lacking := cells_without_figure(step):
+        raise StepFailed(f"{step} failed: cell(s) {lacking} of {step.output} show no figure")
     made = {event["key"]: event["stage"] for event in events if "stage" in event}
     result = {"key": key, "seconds": round(time.perf_counter() - start, 1),
               "peak_memory_gb": round(board.peaks.get(label, 0) / 1e9, 2), "stages": made}
     write_json(step.manifest, result)
     return result
+
+
+def cells_without_figure(step: Step) -> str:
+    """The numbers of an executed notebook's cells that should show a figure and do not."""
+    lacking = []
+    for cell in read_json(step.output)["cells"]:
+        due = cell["cell_type"] == "code" and "plt.show()" in "".join(cell["source"])
+        if due and not any("image/png" in output.get("data", {}) for output in cell["outputs"]):
+            lacking.append(str(cell["execution_count"]))
+    return ", ".join(lacking)
+
+
+@contextlib.contextmanager
+def own_kernel():
+    """Within, the kernel `python3` is this very Python, whatever else is installed as that."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "kernels" / "python3"
+        place.mkdir(parents=True)
+        words = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        write_json(place / "kernel.json", {"argv": words, "display_name": "Python 3",
+                                           "language": "python"})
+        before = os.environ.get("JUPYTER_PATH")
+        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (folder, before)))
+        try:
+            yield
+        finally:
+            os.environ.pop("JUPYTER_PATH")
+            os.environ.update({"JUPYTER_PATH": before} if before else {})
 
 
 def memory_of(pid: int) -> int:
@@ -141,9 +173,13 @@ def memory_of(pid: int) -> int:
     return 0
 
 
-def describe_failure(step: Step, error: Exception) -> str:
+def describe_failure(step: Step, error: Exception, peak: int) -> str:
     """Which notebook, which cell, what it says, and where the executed notebook is."""
     where, what = "", f"{type(error).__name__}: {error}"
+    if type(error).__name__ == "DeadKernelError":  # nbclient's
+        what = (f"its process was killed, as the system does when memory runs out; it had taken "
+                f"{peak / 1e9:.1f} GB. Close other programs, use --notebooks 1, or set "
+                "device_batch or limit to less")
     if hasattr(error, "exec_count"):  # papermill's
         where, what = f" in cell [{error.exec_count}]", f"{error.ename}: {error.evalue}"
     return f"{step} failed{where}\n  {what}\n  executed notebook: {step.output}"

@@ -94,11 +94,9 @@ def folder_of(name: str, key: str) -> Path:
 
 
 def differences(wanted: dict, made: dict) -> list[str]:
-    """How a stage that has been made differs from a recipe, in words."""
+    """How a stage that has been made differs from a recipe, in words; what it reads apart."""
     found = [f"{key}={made['settings'][key]}" for key, value in wanted["settings"].items()
              if made["settings"].get(key, value) != value]
     found += ["other code"] if made["code"] != wanted["code"] else []
-    for part in ("contents", "reads"):
-        found += [f"another {key}" for key, value in wanted[part].items()
-                  if made[part].get(key) != value]
-    return found
+    return found + [f"another {key}" for key, value in wanted["contents"].items()
+                    if made["contents"].get(key) != value]

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -77,6 +78,11 @@ class Run:
         return ", ".join([rows, f"split {self.split}", f"seed {self.seed}", *self.told])
 
     @property
+    def synthetic(self) -> bool:
+        """Whether its products are the sample's, which are invented."""
+        return self.profile.data == PROFILES["sample"].data
+
+    @property
     def options(self) -> list[str]:
         """What names this run on run.py's command line."""
         words = ["--profile", self.profile.name, "--split", self.split, "--seed", str(self.seed)]
@@ -90,8 +96,18 @@ class Run:
         return f"python run.py study {shlex.join(self.options)}"
 
 
-def open_run(profile: str, split: str, seed: int, changes: dict | None = None) -> Run:
-    """The run that a notebook's parameters name; ValueError if one of them is not allowed."""
+def open_run(profile: str, split: str, seed: int, changes: dict | str | None = None) -> Run:
+    """The run that a notebook's parameters name; ValueError if one of them is not allowed.
+
+    `changes` may be JSON, as `papermill -p SETTINGS '{"text_epochs": 3}'` gives it.
+    """
+    if isinstance(changes, str):
+        try:
+            changes = json.loads(changes)
+        except ValueError as error:
+            raise ValueError(f"SETTINGS must be a dictionary or JSON, got {changes!r}") from error
+    if not isinstance(changes, dict | None):
+        raise ValueError(f"SETTINGS must be a dictionary of settings, got {changes!r}")
     if type(seed) is not int or seed < 0:
         raise ValueError(f"seed must be a whole number from 0, got {seed!r}")
     return Run(make_profile(profile, changes), one_of("split", split, SPLITS), seed)

@@ -252,9 +252,19 @@ def _made_otherwise(run: Run, name: str) -> str:
     others = [other for other in others if other and other.get("stage") == name]
     if not others:
         return ""
-    wanted = recipe_of(run, name)
-    least = min((differences(wanted, other) for other in others), key=len)
+    least = min((_unlike(run, name, other) for other in others), key=len)
     return f" (there is one with {', '.join(least)})" if least else ""
+
+
+def _unlike(run: Run, name: str, made: dict) -> list[str]:
+    """How a stage that has been made, and what it reads, differ from what this run needs."""
+    wanted = recipe_of(run, name)
+    found = differences(wanted, made)
+    for other, key in wanted["reads"].items():
+        if (below := made["reads"].get(other)) != key:
+            manifest = read_json(folder_of(other, below or "") / "manifest.json")
+            found += _unlike(run, other, manifest) if manifest else [f"another {other}"]
+    return list(dict.fromkeys(found))
 
 
 def describe_stages(run: Run, *names: str) -> pd.DataFrame:

@@ -54,8 +54,9 @@ def load_checkpoint(source: str, max_length: int,
     """
     try:
         place = checkpoint_place(source)
-        model = AutoModel.from_pretrained(place, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        model = AutoModel.from_pretrained(place, dtype=torch.float32,
+                                          trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # the libraries raise many kinds for what is not whole
         raise ValueError(
             f"text checkpoint {source!r} cannot be loaded: it is neither a whole folder here, nor "
@@ -74,9 +75,11 @@ def look_at_checkpoint(source: str, max_length: int) -> None:
     place = checkpoint_place(source)
     try:
         with torch.device("meta"):
-            config = AutoConfig.from_pretrained(place, local_files_only=True)
-            model = AutoModel.from_config(config)
-        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+            config = AutoConfig.from_pretrained(place, local_files_only=True,
+                                                trust_remote_code=False)
+            model = AutoModel.from_config(config, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True,
+                                                  trust_remote_code=False)
     except Exception as error:  # the libraries raise many kinds
         raise ValueError(f"text checkpoint {source!r} cannot be loaded ({one_line(error)})") \
             from error

@@ -26,7 +26,7 @@ from transformers import (
 
 import helpers as h
 from conftest import make_bert, tiny_products
-from engine.files import hash_source
+from engine.files import hash_source, read_json, write_json
 from engine.keys import key_of
 from engine.text_models import look_at_checkpoint
 
@@ -147,6 +147,18 @@ def test_a_checkpoint_without_its_tokenizers_files_is_refused(checkpoint):
             file.unlink()
     for use in (h.load_checkpoint, look_at_checkpoint):
         with pytest.raises(ValueError, match="the tokenizer's files are missing|cannot be loaded"):
+            use(str(checkpoint), 32)
+
+
+def test_code_of_a_checkpoint_is_never_run_nor_asked_for(checkpoint, monkeypatch):
+    """Of a model type that the library does not know it would ask, on the terminal."""
+    (checkpoint / "own.py").write_text("raise SystemExit('the code was run')")
+    config = read_json(checkpoint / "config.json")
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Own"}}
+    write_json(checkpoint / "config.json", {**config, **own})
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    for use in (h.load_checkpoint, look_at_checkpoint):
+        with pytest.raises(ValueError, match="cannot be loaded"):
             use(str(checkpoint), 32)
 
 

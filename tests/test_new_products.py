@@ -68,6 +68,16 @@ def test_submission_holds_what_the_stages_predict(make_run, request, monkeypatch
     missing = h.load_catalogue(folder).query("description == ''")
     probabilities = h.predict_products(run, missing, VARIANT)
     assert torch.allclose(probabilities.sum(1), torch.ones(len(missing)), atol=1e-5)
+    for nothing in (None, float("nan")):  # as a user's own table may have it
+        own = missing.assign(description=[nothing] * len(missing))
+        assert torch.equal(h.predict_products(run, own, VARIANT), probabilities)
+    # A run is read with the settings that it was made with, or not at all.
+    other = {"paper": "light", "light": "paper"}[run.profile.clean]
+    for changed, said in (({"clean": other}, f"clean={run.profile.clean}"),
+                          ({"max_length": 16}, "max_length=32")):
+        unlike = make_run(**{**run.changed, **changed})
+        with pytest.raises(FileNotFoundError, match=f"is missing.*there is one with .*{said}"):
+            write_submission(unlike, VARIANT)
 
 
 @pytest.mark.parametrize("layout", ["tiny_ens", "tiny_sigir"])

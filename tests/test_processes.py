@@ -1,5 +1,7 @@
 """Several processes: a stage made by two together, and stages side by side, come out as by one."""
+import os
 import time
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -24,6 +26,7 @@ from commands.plan import (
     step_key,
 )
 from conftest import ROOT, SMALL, isolate, make_bert, write_ens
+from engine.files import read_json, write_json
 from engine.keys import folder_of
 from engine.progress import Progress
 from engine.runs import runs_folder
@@ -278,3 +281,51 @@ def test_each_of_two_stages_of_one_name_is_looked_at(make_run, tmp_path, monkeyp
         _state_of_stages.cache_clear()  # a command looks once
         assert state(step) == "damaged"
         path.write_bytes(whole)
+
+
+# --- what a user's machine is like ----------------------------------------------------------------
+FIGURE = """
+import matplotlib.pyplot as plt
+fig, ax = plt.subplots()
+plt.show()
+"""
+
+
+def executed(folder: Path, run: h.Run, monkeypatch, *cells: str) -> None:
+    """Execute a notebook of these cells as run.py does."""
+    code = [nbformat.v4.new_code_cell("SETTINGS = {}", metadata={"tags": ["parameters"]}),
+            *map(nbformat.v4.new_code_cell, cells)]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=code, metadata=kernel), folder / "own.ipynb")
+    monkeypatch.setattr(Step, "source", folder / "own.ipynb")
+    step = Step("01_data_exploration", run)
+    execute.execute({step: []}, {step: "own"}, 1, Console(), after=bool)
+
+
+def test_kernel_and_figures_do_not_depend_on_a_users_environment(make_run, tmp_path, monkeypatch):
+    """Another kernel of the same name, Matplotlib without a screen, another helpers.py."""
+    other = tmp_path / "jupyter" / "kernels" / "python3"
+    other.mkdir(parents=True)
+    write_json(other / "kernel.json", {"argv": ["/nowhere/python"], "display_name": "Python 3",
+                                       "language": "python"})
+    (tmp_path / "helpers.py").write_text("raise ImportError('another helpers.py')")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    first = read_json(ROOT / "notebooks" / "01_data_exploration.ipynb")
+    found = next(line for cell in first["cells"] for line in cell["source"]
+                 if line.startswith("sys.path"))
+    executed(tmp_path, make_run(), monkeypatch, FIGURE,
+             f"import os, sys\nos.chdir({str(ROOT / 'notebooks')!r})\n{found}\nimport helpers")
+    assert os.environ["JUPYTER_PATH"] == str(tmp_path / "jupyter")
+
+
+@pytest.mark.parametrize("cell, said", [
+    ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+     r"its process was killed, as the system does when memory runs out; it had taken \d\.\d GB"),
+    ("import matplotlib\nmatplotlib.use('Agg')\n" + FIGURE, r"cell\(s\) \d of .* show no figure")])
+def test_a_notebook_that_cannot_be_done_says_why(make_run, tmp_path, monkeypatch, cell, said):
+    run = make_run()
+    with pytest.raises(execute.StepFailed, match=said):
+        executed(tmp_path, run, monkeypatch, cell)
+    assert state(Step("01_data_exploration", run)) == "missing"

@@ -223,3 +223,19 @@ def test_two_values_that_would_have_one_name_do_not_collide(one, other):
     names = [folder_of(**settings) for settings in (one, other)]
     assert names[0] != names[1] and all(len(name) <= 100 for name in names)
     assert names[0] == folder_of(**one)  # and each has always the same
+
+
+def test_a_notebooks_settings_may_be_json():
+    asked = h.open_run("sample", "90-10", 0, '{"text_epochs": 3, "clean": "light"}')
+    assert asked == h.open_run("sample", "90-10", 0, {"text_epochs": 3, "clean": "light"})
+    for wrong in ("text_epochs=3", "[1]", 3):
+        with pytest.raises(ValueError, match="SETTINGS must be a dictionary"):
+            h.open_run("sample", "90-10", 0, wrong)
+
+
+def test_what_is_synthetic_follows_the_data_and_not_the_profile():
+    assert h.open_run("sample", "90-10", 0).synthetic
+    own = h.open_run("sample", "90-10", 0, {"data": "data/raw"})
+    assert not own.synthetic and "synthetic" not in h.data_note(own)
+    assert not h.open_run("paper", "90-10", 0).synthetic
+    assert h.open_run("paper", "90-10", 0, {"data": "data/sample"}).synthetic
