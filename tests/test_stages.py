@@ -255,8 +255,8 @@ def test_a_run_never_reads_what_another_setting_has_made(make_run, fake_stage, m
     theirs = {name: h.stage(light, name) for name in ("text", "camembert_title")}
 
     for name in ("text", "camembert_title"):
-        with pytest.raises(FileNotFoundError, match=r"is missing \(there is one with clean=light\): "
-                                                    "run notebook"):
+        with pytest.raises(FileNotFoundError,
+                           match=r"is missing \(there is one with clean=light\): run notebook"):
             h.read_stage(default, name)
     with pytest.raises(FileNotFoundError, match="stage camembert_title of this run"):
         h.stage(default, "fusion-concat-add")
