@@ -9,10 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pandas as pd
-from filelock import FileLock
 
 from engine import settings
-from engine.files import hash_file, one_line, read_json
+from engine.files import hash_file, lock_of, one_line, read_json
 from engine.fingerprint import content
 from engine.runs import Run, cache_folder, from_root
 from engine.settings import FIELDS, PROFILES
@@ -91,7 +90,7 @@ def _current_sample(folder: Path) -> Path:
 
     if not is_current():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
+        with lock_of(folder.with_suffix(".lock")):
             if not is_current():  # another process may have made it meanwhile
                 generator.write_catalogue(folder)
     return folder
@@ -176,9 +175,25 @@ def read_table(folder: Path, file: str, columns: Sequence[str]) -> pd.DataFrame:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a table in UTF-8 ({one_line(error)}); get it "
                          "again") from error
+    refuse_odd_rows(path, table, [*layout["columns"], layout["label"]])
     if missing := [column for column in columns if column not in table]:
         raise ValueError(f"{path} has no column {', '.join(missing)}; found: {', '.join(table)}")
     return table
+
+
+def refuse_odd_rows(path: Path, table: pd.DataFrame, columns: Sequence[str]) -> None:
+    """ValueError if the table's first column does not number its rows."""
+    if table.index.name in columns:
+        raise ValueError(f"{path} was saved without its row numbers: its first column is "
+                         f"{table.index.name!r}; save it with them, or get it again")
+    numbers = table.index.astype(str)
+    odd = numbers[~numbers.str.fullmatch(r"\d{1,18}")]
+    if len(odd):
+        raise ValueError(f"{path}: its first column holds {odd[0]!r}, which is no row number; get "
+                         "it again")
+    if numbers.has_duplicates:
+        twice = numbers[numbers.duplicated()][0]
+        raise ValueError(f"{path}: the row number {twice} occurs twice; get it again")
 
 
 def encode_labels(codes: pd.Series) -> pd.Series:

@@ -1,16 +1,18 @@
 """JSON, hashes, a file that appears only when it is whole, and the cache."""
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, lru_cache, partial
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from engine.progress import Progress, cores
 from engine.runs import cache_folder, from_root
@@ -66,7 +68,7 @@ def _hash_folder(folder: str, wanted: set[str]) -> dict[str, str]:
         known = known | {path: (states[path], digest) for path, digest in zip(todo, digests)}
         with suppress(OSError):  # where nothing can be kept, they are read again
             place.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(place.parent.with_suffix(".lock")):
+            with lock_of(place.parent.with_suffix(".lock")):
                 write_json(place, known)
     return {path: known[path][1] for path in states}
 
@@ -123,6 +125,28 @@ def write_json(path: Path, value: object) -> None:
     partial_path.replace(path)
 
 
+def lock_of(path: Path) -> BaseFileLock:
+    """A lock among processes, which the system frees when its holder ends.
+
+    Where the file system has none, as some of clusters, a file that is there meanwhile.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+        lock.release()
+    except Timeout:
+        pass  # it works: another process has it
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        soft = path.with_name(f"{path.name}-soft")
+        warnings.warn(f"{path.parent} is on a file system without locks; the file {soft.name} "
+                      "stands for one. Delete it if a kill on another machine has left it there",
+                      stacklevel=2)
+        return SoftFileLock(soft)
+    return lock
+
+
 def cache_file(name: str, write: Callable[[Path], None]) -> Path:
     """A file of the cache, made by `write(path)` if it is missing; it appears when it is whole."""
     path = cache_folder() / name
@@ -130,7 +154,7 @@ def cache_file(name: str, write: Callable[[Path], None]) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_name(f"{name}.partial")
-    with FileLock(path.parent.with_suffix(".lock")):  # stages side by side would all make it
+    with lock_of(path.parent.with_suffix(".lock")):  # stages side by side would all make it
         try:
             partial_path.unlink(missing_ok=True)  # what a kill left takes room
             if not path.exists():

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from engine import fingerprint
-from engine.files import hash_file, read_json, write_json
+from engine.files import hash_file, lock_of, read_json, write_json
 from engine.keys import (
     MAKERS,
     TOGETHER,
@@ -161,7 +161,7 @@ def _made_once(folder: Path) -> Iterator[None]:
         yield
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    lock = lock_of(folder.with_name(f".{folder.name}.lock"))
     line = None
     while not lock.is_locked:
         try:
@@ -183,7 +183,7 @@ def _remember(run: Run, name: str, key: str) -> None:
     if (read_json(path) or {}).get(name) == key:
         return
     run.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(run.folder / ".stages.lock"):
+    with lock_of(run.folder / ".stages.lock"):
         write_json(path, {**(read_json(path) or {}), name: key})
 
 

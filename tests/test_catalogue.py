@@ -320,3 +320,19 @@ def test_two_who_need_the_sample_at_once_make_it_once_beside_the_cache(monkeypat
     with ThreadPoolExecutor(2) as pool:
         found = set(pool.map(h.catalogue_folder, [run, run]))
     assert found == {tmp_path / "sample"} == set(made) and len(made) == 1
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda x: x.set_axis([*x.index[:-1], x.index[0]]), r"the row number 0 occurs twice"),
+    (lambda x: x.set_axis(x.index + 0.0), r"holds '0\.0', which is no row number"),
+    (lambda x: x.set_axis([*x.index[:-1], None]), r"which is no row number"),
+    (lambda x: x.set_index("designation"), "was saved without its row numbers: its first column is "
+                                           "'designation'")])
+def test_a_table_whose_rows_are_not_numbered_is_refused(tiny_ens, change, said):
+    """Else a submission would name other products."""
+    table = change(pd.read_csv(tiny_ens / "X_train_update.csv", index_col=0))
+    for name in ("X_train_update.csv", "X_test_update.csv"):
+        table.to_csv(tiny_ens / name)
+    for load in (h.load_catalogue, catalogue.load_test_products):
+        with pytest.raises(ValueError, match=f"_update.csv.* {said}"):
+            load(tiny_ens)

@@ -1,6 +1,7 @@
 """Stages: made once, found again by their key, never mixed, never half there, never silently
 damaged.
 """
+import errno
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ import elsewhere
 import helpers as h
 from conftest import ROOT, SMALL, isolate, make_bert, write_ens
 from engine import fingerprint, keys, progress, stages
+from engine.files import lock_of
 from engine.runs import runs_folder
 from engine.settings import FROZEN_STAGES, SPEED_ONLY, STAGES, TABLE_FUSIONS, setting_names
 from engine.stages import DamagedStage
@@ -792,3 +795,26 @@ def test_mismatched_rows_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"2 product ids.*'x': 3"):
         h.save_tensors(tmp_path / "x", [1, 2], x=torch.zeros(3), y=torch.zeros(2))
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named_and_gone_on_with(run, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.warns(UserWarning, match="on a file system without locks; the file .*-soft stands"):
+        folder = h.stage(run, "splits")
+    assert (folder / "split.csv").exists() and not list(runs_folder().rglob("*-soft"))
+    inside, most = [], []
+
+    def enter(_):
+        with lock_of(run.folder / "a.lock"):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.1)
+            inside.pop()
+
+    with pytest.warns(UserWarning, match="without locks"), ThreadPoolExecutor(3) as pool:
+        list(pool.map(enter, range(3)))
+    assert most == [1, 1, 1]
