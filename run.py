@@ -115,8 +115,7 @@ def study(words: argparse.Namespace) -> None:
         from commands.report import print_tables, write_page, write_report
         from engine.progress import cores
 
-    for run in plans.runs_of(plan):
-        doctor.refuse_fatal(run, needs_catalogue=not words.dry_run)
+    doctor.refuse_fatal(*plans.runs_of(plan), needs_catalogue=not words.dry_run)
     if words.dry_run:
         return costs.print_costs(console, plans.runs_of(plan))
     steps = [step for step in plan if step.notebook in chosen]

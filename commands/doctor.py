@@ -147,11 +147,16 @@ def check_up(run: Run, all_pictures: bool = False) -> list[Check]:
     return [check for look in CHECKS for check in instead.get(look, look)(run)]
 
 
-def refuse_fatal(run: Run, needs_catalogue: bool = True) -> None:
-    """ValueError for the first of the quick checks that is fatal: what was found, what to do."""
-    for look, kind in CHECKS.items():
-        if kind == "doctor" or (kind == "catalogue" and not needs_catalogue):
-            continue
+def refuse_fatal(*runs: Run, needs_catalogue: bool = True) -> None:
+    """ValueError for the first of the quick checks that is fatal: what was found, what to do.
+
+    The runs differ in split and seed alone, so their settings are looked at once.
+    """
+    looks = [(look, runs[0]) for look, kind in CHECKS.items() if kind == "settings"]
+    if needs_catalogue:
+        looks += [(look, run) for look, kind in CHECKS.items() if kind == "catalogue"
+                  for run in runs]
+    for look, run in looks:
         for check in look(run):
             if check.state == "fatal":
                 raise ValueError("; ".join(filter(None, (check.found, check.todo))))

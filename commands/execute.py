@@ -18,7 +18,7 @@ import psutil
 from rich.console import Console
 
 from commands.plan import Job, Step, step_key
-from engine.files import read_json, write_json
+from engine.files import write_json
 from engine.progress import cores
 
 LOG_SECONDS = 15  # a log gets a line so often, a terminal one line that moves
@@ -117,7 +117,7 @@ def execute_one(step: Step, key: str, label: str, share: str, board: Board) -> d
                      "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
             first = FIRST_LINE.format(given=given, path=str(path))
             try:
-                papermill.execute_notebook(
+                book = papermill.execute_notebook(
                     step.source, step.output, step.parameters, cwd=step.source.parent,
                     progress_bar=False, extra_arguments=[
                         "--IPKernelApp.log_level=50", f"--IPKernelApp.exec_lines={first}"])
@@ -127,7 +127,7 @@ def execute_one(step: Step, key: str, label: str, share: str, board: Board) -> d
             finally:
                 del board.events[label]
             events += map(json.loads, lines)
-    if lacking := cells_without_figure(step):
+    if lacking := cells_without_figure(book):
         raise StepFailed(f"{step} failed: cell(s) {lacking} of {step.output} show no figure")
     made = {event["key"]: event["stage"] for event in events if "stage" in event}
     result = {"key": key, "seconds": round(time.perf_counter() - start, 1),
@@ -136,10 +136,10 @@ def execute_one(step: Step, key: str, label: str, share: str, board: Board) -> d
     return result
 
 
-def cells_without_figure(step: Step) -> str:
+def cells_without_figure(book: dict) -> str:
     """The numbers of an executed notebook's cells that should show a figure and do not."""
     lacking = []
-    for cell in read_json(step.output)["cells"]:
+    for cell in book["cells"]:
         due = cell["cell_type"] == "code" and "plt.show()" in "".join(cell["source"])
         if due and not any("image/png" in output.get("data", {}) for output in cell["outputs"]):
             lacking.append(str(cell["execution_count"]))

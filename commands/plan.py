@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine import settings
 from engine.files import hash_file, hash_json, read_json
-from engine.keys import folder_of, info_of
+from engine.keys import folder_of, info_of, kind_of
 from engine.runs import Run, open_run
 from engine.settings import FROZEN_STAGES, SPEED_ONLY, SPLITS, STAGES, one_of
 
@@ -133,8 +133,7 @@ def stage_graph(plan: list[Step]) -> dict[Job, list[Job]]:
     for step in plan:
         for name in stage_names(step.run):
             if notebook_of(step.run, name) == step.notebook:
-                kind = "fusion" if name.startswith("fusion-") else name
-                stages.setdefault((step.run, kind), []).append(name)
+                stages.setdefault((step.run, kind_of(name)), []).append(name)
     jobs = {(run, kind): Job(run, kind, tuple(names)) for (run, kind), names in stages.items()}
     graph = {}
     for (run, _), job in jobs.items():

@@ -16,7 +16,7 @@ from rich.table import Table
 import helpers as h
 from commands.plan import Step, make_plan, runs_of, state
 from engine import settings
-from engine.files import read_json
+from engine.files import read_json, write_text
 from engine.runs import Run, runs_folder
 
 
@@ -95,7 +95,7 @@ def write_report(plan: list[Step]) -> Path:
                          f"{run.protocol} rows", *run.told]),
         note=h.data_note(run), tables=tables, figures=pictures,
         steps=pd.DataFrame(rows).to_html(index=False, border=0, escape=False))
-    (folder / "index.html").write_text(text, encoding="utf-8")
+    write_text(folder / "index.html", text)
     return folder / "index.html"
 
 
@@ -106,9 +106,7 @@ def write_page(step: Step) -> Path:
     if not page.exists() or page.stat().st_mtime < step.output.stat().st_mtime:
         text, _ = HTMLExporter().from_filename(str(step.output))
         folder.mkdir(parents=True, exist_ok=True)
-        partial = page.with_suffix(".partial")  # a page is whole, or written again
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(page)
+        write_text(page, text)
     return page
 
 

@@ -11,10 +11,10 @@ from types import ModuleType
 import pandas as pd
 
 from engine import settings
-from engine.files import hash_file, lock_of, one_line, read_json
+from engine.files import file_stats, hash_file, lock_of, one_line, read_json
 from engine.fingerprint import content
 from engine.runs import Run, cache_folder, from_root
-from engine.settings import FIELDS, PROFILES
+from engine.settings import FIELDS
 
 LAYOUTS = {
     "ENS": {
@@ -60,7 +60,7 @@ def catalogue_folder(run: Run) -> Path:
     The sample lies beside the cache, data/cache unless STUDY_CACHE names another. RAKUTEN_DATA
     replaces `data/raw`. FileNotFoundError says what to do if there is no catalogue.
     """
-    if run.profile.data == PROFILES["sample"].data:
+    if run.synthetic:
         return _current_sample(cache_folder().with_name("sample"))
     folder = from_root(os.environ.get("RAKUTEN_DATA") or run.profile.data)
     find_layout(folder)
@@ -210,18 +210,8 @@ def encode_labels(codes: pd.Series) -> pd.Series:
 # --- pictures -------------------------------------------------------------------------------------
 def absent_pictures(products: pd.DataFrame) -> list[str]:
     """The paths of these products' pictures that are not there, or are empty files."""
-    sizes = picture_sizes(products)
-    return [path for path, size in zip(products["picture"], sizes) if not size]
-
-
-def picture_sizes(products: pd.DataFrame) -> list[int]:
-    """The bytes of each product's picture; 0 if it is not there."""
-    sizes = {}
-    for folder in set(map(os.path.dirname, products["picture"])):
-        if os.path.isdir(folder):
-            sizes |= {entry.path: entry.stat().st_size for entry in os.scandir(folder)
-                      if entry.is_file()}
-    return [sizes.get(path, 0) for path in products["picture"]]
+    about = file_stats(products["picture"])
+    return [path for path in products["picture"] if path not in about or not about[path].st_size]
 
 
 def check_pictures(products: pd.DataFrame, todo: str = "") -> None:

@@ -11,9 +11,10 @@ from engine.processes import agreed, group
 SEAL = "hashes.json"  # written last, of all that a checkpoint holds
 
 
-def seal_checkpoint(checkpoint: Path) -> None:
-    """Say that a checkpoint is whole."""
-    seal(checkpoint / SEAL, [file for file in sorted(checkpoint.iterdir()) if file.name != SEAL])
+def seal_checkpoint(checkpoint: Path, without: str = "") -> None:
+    """Say that a checkpoint is whole, `without` a file where one is named."""
+    files = sorted(checkpoint.iterdir())
+    seal(checkpoint / SEAL, [file for file in files if file.name not in (SEAL, without)])
 
 
 def last_checkpoint(folder: Path, half: bool) -> str | None:
@@ -29,7 +30,7 @@ def last_checkpoint(folder: Path, half: bool) -> str | None:
         for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1])):
             if not (checkpoint / SEAL).exists():
                 shutil.rmtree(checkpoint)
-            elif wrong := damaged_file(checkpoint / SEAL, [] if half else ["scaler.pt"]):
+            elif wrong := damaged_file(checkpoint / SEAL):
                 aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
                 warnings.warn(f"{checkpoint / wrong} is damaged: {aside.name} is set aside, and "
                               "the training goes on from before it", stacklevel=2)
@@ -37,8 +38,10 @@ def last_checkpoint(folder: Path, half: bool) -> str | None:
                 checkpoint.rename(aside)
             else:
                 whole.append(checkpoint)
-            if not half:
-                (checkpoint / "scaler.pt").unlink(missing_ok=True)
+                scaler = checkpoint / "scaler.pt"
+                if not half and scaler.exists():
+                    seal_checkpoint(checkpoint, without=scaler.name)
+                    scaler.unlink()
         while whole and not newest:
             best = read_json(whole[-1] / "trainer_state.json")["best_model_checkpoint"]
             if best is None or Path(best).name in [path.name for path in whole]:

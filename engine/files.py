@@ -41,27 +41,29 @@ def hash_source(source: str) -> str:
     return hash_json({str(file.relative_to(path)): hash_file(file) for file in files})
 
 
+def file_stats(paths: Sequence[str]) -> dict[str, os.stat_result]:
+    """What the system says of those of these files that are there; each folder is read once."""
+    wanted, found = set(paths), {}
+    for folder in set(map(os.path.dirname, wanted)):
+        if os.path.isdir(folder):
+            with os.scandir(folder) as entries:
+                found |= {entry.path: entry.stat() for entry in entries
+                          if entry.path in wanted and entry.is_file()}
+    return found
+
+
 def hash_files(paths: Sequence[str]) -> list[str]:
     """The hash of each file's bytes, "" if it is not there.
 
     Hashes are kept in the cache with a file's size and times, so that each is read once.
     """
-    found = {}
-    for folder in sorted(set(map(os.path.dirname, paths))):
-        if os.path.isdir(folder):
-            found |= _hash_folder(folder, set(paths))
-    return [found.get(path, "") for path in paths]
-
-
-def _hash_folder(folder: str, wanted: set[str]) -> dict[str, str]:
-    place = cache_folder() / f"hashes-{hash_json(folder)[:16]}.json"
+    states = {path: _state(about) for path, about in file_stats(paths).items()}
+    folders = sorted(set(map(os.path.dirname, paths)))
+    place = cache_folder() / f"hashes-{hash_json(folders)[:16]}.json"
     known = _kept_hashes(place, place.stat().st_mtime_ns if place.exists() else 0)
-    with os.scandir(folder) as entries:
-        states = {entry.path: _state(entry.stat()) for entry in entries
-                  if entry.path in wanted and entry.is_file()}
     todo = [path for path, state in states.items() if known.get(path, ("",))[0] != state]
     if todo:
-        bar = Progress(f"reading {Path(folder).name}", len(todo), "files")
+        bar = Progress("reading files", len(todo), "files")
         with ThreadPoolExecutor(cores()) as pool:  # hashlib works outside the interpreter's lock
             digests = list(bar.track(pool.map(fast_hash, todo)))
         bar.close()
@@ -70,7 +72,7 @@ def _hash_folder(folder: str, wanted: set[str]) -> dict[str, str]:
             place.parent.mkdir(parents=True, exist_ok=True)
             with lock_of(place.parent.with_suffix(".lock")):
                 write_json(place, known)
-    return {path: known[path][1] for path in states}
+    return [known[path][1] if path in states else "" for path in paths]
 
 
 def _state(about: os.stat_result) -> str:
@@ -95,11 +97,11 @@ def seal(place: Path, files: Sequence[Path]) -> None:
     write_json(place, {str(file.relative_to(place.parent)): fast_hash(file) for file in files})
 
 
-def damaged_file(place: Path, without: Sequence[str] = ()) -> str:
-    """The first file that is not as it was sealed, "" if all are; `without` some that may lack."""
+def damaged_file(place: Path) -> str:
+    """The first file that is not as it was sealed, "" if all are."""
     for file, digest in (read_json(place) or {place.name: ""}).items():
         path = place.parent / file
-        if not (path.is_file() and fast_hash(path) == digest) and file not in without:
+        if not (path.is_file() and fast_hash(path) == digest):
             return file
     return ""
 
@@ -119,9 +121,14 @@ def read_json(path: Path) -> dict | None:
 
 def write_json(path: Path, value: object) -> None:
     """Write a value as indented JSON; a stop, or a full disk, leaves the old file."""
-    partial_path = path.with_name(f"{path.name}.partial")
     text = json.dumps(value, indent=1, ensure_ascii=False)
-    partial_path.write_text(f"{text}\n", encoding="utf-8")
+    write_text(path, f"{text}\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text; a stop, or a full disk, leaves the old file."""
+    partial_path = path.with_name(f"{path.name}.partial")
+    partial_path.write_text(text, encoding="utf-8")
     partial_path.replace(path)
 
 

@@ -15,8 +15,8 @@ from engine.settings import SPEED_ONLY, StageInfo, stage_info
 
 MAKERS: dict[str, Callable[[Run, str, Path], dict]] = {}
 TOGETHER: set[str] = set()
-# While something is made: the recipes worked out at its beginning.
-_RECIPES: ContextVar[dict | None] = ContextVar("recipes", default=None)
+# While something is made: recipes and digests, as they were at its beginning.
+_LOOKED_UP: ContextVar[dict | None] = ContextVar("looked_up", default=None)
 
 
 def makes(*kinds: str, together: bool = False) -> Callable:
@@ -44,20 +44,21 @@ def info_of(run: Run, name: str) -> StageInfo:
 
 def recipe_of(run: Run, name: str) -> dict:
     """All that decides what a stage contains: code, settings, contents, keys of what it reads."""
-    with one_look() as known:
-        if (run, name) not in known:
-            known[run, name] = _look_up_recipe(run, name)
-        return known[run, name]
+    return _once(_look_up_recipe, run, name)
 
 
 def _content_of(run: Run, name: str, function: str) -> str:
     """The digest of what a function of `content` gives to a stage."""
     digest = fingerprint.DIGESTS[function]
-    arguments = (run, name) if digest in fingerprint.OF_STAGE else (run,)
+    return _once(digest, run, name) if digest in fingerprint.OF_STAGE else _once(digest, run)
+
+
+def _once(find: Callable, *arguments: object) -> object:
+    """`find(*arguments)`, worked out once in one look."""
     with one_look() as known:
-        if (digest, *arguments) not in known:
-            known[digest, *arguments] = digest(*arguments)
-        return known[digest, *arguments]
+        if (find, *arguments) not in known:
+            known[find, *arguments] = find(*arguments)
+        return known[find, *arguments]
 
 
 def _look_up_recipe(run: Run, name: str) -> dict:
@@ -80,12 +81,12 @@ def key_of(run: Run, name: str) -> str:
 @contextmanager
 def one_look() -> Iterator[dict]:
     """Within, recipes are worked out once: what stages are given is looked at once, too."""
-    token = _RECIPES.set({}) if _RECIPES.get() is None else None
+    token = _LOOKED_UP.set({}) if _LOOKED_UP.get() is None else None
     try:
-        yield _RECIPES.get()
+        yield _LOOKED_UP.get()
     finally:
         if token:
-            _RECIPES.reset(token)
+            _LOOKED_UP.reset(token)
 
 
 def folder_of(name: str, key: str) -> Path:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,12 +103,11 @@ def open_run(profile: str, split: str, seed: int, changes: dict | str | None = N
     `changes` may be JSON, as `papermill -p SETTINGS '{"text_epochs": 3}'` gives it.
     """
     if isinstance(changes, str):
-        try:
+        with suppress(ValueError):
             changes = json.loads(changes)
-        except ValueError as error:
-            raise ValueError(f"SETTINGS must be a dictionary or JSON, got {changes!r}") from error
     if not isinstance(changes, dict | None):
-        raise ValueError(f"SETTINGS must be a dictionary of settings, got {changes!r}")
+        raise ValueError(f"SETTINGS must be a dictionary of settings, or JSON of one; got "
+                         f"{changes!r}")
     if type(seed) is not int or seed < 0:
         raise ValueError(f"seed must be a whole number from 0, got {seed!r}")
     return Run(make_profile(profile, changes), one_of("split", split, SPLITS), seed)

@@ -17,7 +17,7 @@ from transformers import TrainerState, set_seed
 
 import elsewhere
 import helpers as h
-from engine.checkpoints import seal_checkpoint
+from engine.checkpoints import last_checkpoint, seal_checkpoint
 from engine.files import read_json, write_json
 from engine.processes import processes_for
 from engine.runs import runs_folder
@@ -441,18 +441,23 @@ def features_of(run) -> tuple[torch.Tensor, pd.DataFrame]:
     return features, pd.read_csv(folder / "curve.csv")
 
 
+def steps_at(moment: str, monkeypatch) -> list[int]:
+    """A list that gets the number of the step at each such moment of a training from now on."""
+    steps, call = [], getattr(StudyCallback, moment)
+
+    def note(self, args, state, control, **more):
+        steps.append(state.global_step)
+        call(self, args, state, control, **more)
+
+    monkeypatch.setattr(StudyCallback, moment, note)
+    return steps
+
+
 @pytest.mark.slow
 def test_stage_killed_within_an_epoch_ends_where_an_uninterrupted_one_does(prepared, tmp_path,
                                                                            monkeypatch):
     kill_within_an_epoch(prepared)
-    steps = []
-    on_step_end = StudyCallback.on_step_end
-
-    def count(self, args, state, control, **more):
-        steps.append(state.global_step)
-        on_step_end(self, args, state, control, **more)
-
-    monkeypatch.setattr(StudyCallback, "on_step_end", count)
+    steps = steps_at("on_step_end", monkeypatch)
     folder = h.stage(prepared, "camembert_title")
     resumed, curve = features_of(prepared)
     assert steps[0] > STEPS and steps[0] % STEPS != 1  # it goes on within an epoch
@@ -527,14 +532,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(
         uninterrupted, tmp_path, monkeypatch, file, damage):
     checkpoints = stopped_after_three_epochs(tmp_path, monkeypatch)
     DAMAGES[damage](checkpoints / "checkpoint-24" / file)
-    steps = []
-    begin = StudyCallback.on_train_begin
-
-    def note_start(self, args, state, control, **more):
-        steps.append(state.global_step)
-        begin(self, args, state, control, **more)
-
-    monkeypatch.setattr(StudyCallback, "on_train_begin", note_start)
+    steps = steps_at("on_train_begin", monkeypatch)
     unsealed = (file, damage) == ("hashes.json", "missing")  # as a stop leaves it: no damage
     said = nullcontext() if unsealed else pytest.warns(
         UserWarning, match="checkpoint-24/.* is damaged: damaged-checkpoint-24 is set aside")
@@ -542,6 +540,18 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(
         _, curve, _ = train(tmp_path)
     assert steps == [8]  # the best epoch so far and the last one are kept
     assert_frame_equal(curve, uninterrupted, rtol=1e-6)
+
+
+def test_a_scaler_that_is_left_out_is_no_damage_to_those_who_want_one(tmp_path):
+    """A GPU of another precision does without it; a later one in fp16 goes on from there."""
+    checkpoint = tmp_path / "checkpoint-8"
+    checkpoint.mkdir()
+    write_json(checkpoint / "trainer_state.json", {"best_model_checkpoint": None})
+    (checkpoint / "scaler.pt").write_bytes(b"scale")
+    seal_checkpoint(checkpoint)
+    for half, kept in ((True, True), (False, False), (True, False)):
+        assert last_checkpoint(tmp_path, half) == str(checkpoint)
+        assert (checkpoint / "scaler.pt").exists() == kept
 
 
 @pytest.mark.slow

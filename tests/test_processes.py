@@ -253,6 +253,16 @@ def test_a_failing_stage_stops_those_that_wait_for_it(make_run, on):
 
 
 # --- what a notebook has made ---------------------------------------------------------------------
+def own_step(name: str, folder: Path, run: h.Run, monkeypatch, *cells: str) -> Step:
+    """The step `name`, whose notebook has these cells instead of its own."""
+    code = [nbformat.v4.new_code_cell("SETTINGS = {}", metadata={"tags": ["parameters"]}),
+            *map(nbformat.v4.new_code_cell, cells)]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=code, metadata=kernel), folder / "own.ipynb")
+    monkeypatch.setattr(Step, "source", folder / "own.ipynb")
+    return Step(name, run)
+
+
 BOTH_SPLITS = """
 import sys
 sys.path.append({root!r})
@@ -264,13 +274,8 @@ for split in h.SPLITS:
 
 def test_each_of_two_stages_of_one_name_is_looked_at(make_run, tmp_path, monkeypatch):
     """Notebook 08 reads the scores of both splits."""
-    source = tmp_path / "both.ipynb"
-    cells = [nbformat.v4.new_code_cell("SETTINGS = {}", metadata={"tags": ["parameters"]}),
-             nbformat.v4.new_code_cell(BOTH_SPLITS.format(root=str(ROOT)))]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), source)
-    monkeypatch.setattr(Step, "source", source)
-    step = Step("08_result_tables", make_run())
+    cell = BOTH_SPLITS.format(root=str(ROOT))
+    step = own_step("08_result_tables", tmp_path, make_run(), monkeypatch, cell)
     board = execute.Board(Console())
     made = execute.execute_one(step, step_key(step), "both", "1", board)["stages"]
     assert sorted(made.values()) == ["splits", "splits"] and state(step) == "done"
@@ -293,12 +298,7 @@ plt.show()
 
 def executed(folder: Path, run: h.Run, monkeypatch, *cells: str) -> None:
     """Execute a notebook of these cells as run.py does."""
-    code = [nbformat.v4.new_code_cell("SETTINGS = {}", metadata={"tags": ["parameters"]}),
-            *map(nbformat.v4.new_code_cell, cells)]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=code, metadata=kernel), folder / "own.ipynb")
-    monkeypatch.setattr(Step, "source", folder / "own.ipynb")
-    step = Step("01_data_exploration", run)
+    step = own_step("01_data_exploration", folder, run, monkeypatch, *cells)
     execute.execute({step: []}, {step: "own"}, 1, Console(), after=bool)
 
 
