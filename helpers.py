@@ -9,8 +9,8 @@ section uses only those above it. What a notebook calls besides is handed on fro
     2  Text             02           texts, text_models
     3  Scores           02, 08
     4  Fine-tuning      03           training, vectors
-    5  Text encoders    03, 04       text_models
-    6  Image encoder    05           image_models, pictures
+    5  Text encoders    03, 04       text_checkpoints, text_models
+    6  Image encoder    05           image_models, pictures, picture_cache
     7  Regions          06
     8  Fusion           07
     9  Result tables    08           stages, tensors
@@ -78,16 +78,18 @@ from engine.image_models import (
     refusal,
 )
 from engine.keys import makes, one_look
-from engine.pictures import (
-    DecodedPictures,
-    as_rgb,
-    cached_pictures,
-    decode_picture,
-    open_picture,
-)
+from engine.picture_cache import DecodedPictures, cached_pictures
+from engine.pictures import as_rgb, decode_picture, open_picture
 from engine.processes import device
 from engine.progress import Progress
-from engine.rows import chosen_labels, chosen_pictures, chosen_texts, select_rows
+from engine.rows import (
+    chosen_labels,
+    chosen_pictures,
+    chosen_texts,
+    select_rows,
+    set_aside,
+    usable_products,
+)
 from engine.runs import Run, open_run
 from engine.settings import (
     FIELDS,
@@ -111,15 +113,8 @@ from engine.tensors import (
     save_weights,
     share_file,
 )
-from engine.text_models import (
-    load_checkpoint,
-    refuse_blind_first_token,
-    small_text_model,
-    text_source,
-    tokenise,
-    train_bpe,
-    train_tokenizer,
-)
+from engine.text_checkpoints import load_checkpoint, refuse_blind_first_token, text_source
+from engine.text_models import small_text_model, tokenise, train_bpe, train_tokenizer
 from engine.texts import clean_text, clean_texts, decode_entities, has_words, strip_html
 from engine.training import (
     EpochSampler,
@@ -141,6 +136,11 @@ gc.enable()
 # ==================================================================================================
 # 1  Splits
 # ==================================================================================================
+def code_of(label: int) -> int:
+    """Rakuten's product type code of a label id."""
+    return int(load_classes()["prdtypecode"][label])
+
+
 def make_split(products: pd.DataFrame, split: str, seed: int,
                groups: Sequence[int] | None = None) -> pd.DataFrame:
     """[product_id, label_id, part] with part train, val or test, stratified by class.
@@ -154,14 +154,16 @@ def make_split(products: pd.DataFrame, split: str, seed: int,
     products = products.sort_values("product_id")  # the file's order decides nothing
     counts = products["label_id"].value_counts()
     if counts.min() < 3:
-        raise ValueError(f"class {counts.idxmin()} has {counts.min()} rows; a stratified split "
-                         "needs 3. Use rows='all' or more rows")
+        few = {code_of(label): rows for label, rows in counts[counts < 3].items()}
+        raise ValueError(f"a stratified split needs 3 rows of each class, but these product type "
+                         f"codes have fewer: {few}. Use rows='all', more rows, or remove theirs")
     cut = cut_rows if groups is None else cut_groups
     rest, test = cut(products, SPLITS[split], seed)
     train, val = cut(rest, VALIDATION_SHARE, seed)
     if untrained := sorted(set(counts.index) - set(train["label_id"])):
-        raise ValueError(f"class {untrained[0]} has no training row: all its rows are copies of "
-                         "each other. Use grouped=False, more rows or another seed")
+        raise ValueError(f"product type code {code_of(untrained[0])} has no training row: all its "
+                         "rows are copies of each other. Use grouped=False, more rows or another "
+                         "seed")
     parts = {"train": train, "val": val, "test": test}
     tables = [rows[["product_id", "label_id"]].assign(part=part) for part, rows in parts.items()]
     return pd.concat(tables).sort_values("product_id", ignore_index=True)
@@ -195,7 +197,10 @@ def cut_groups(rows: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFram
 
 @makes("splits")
 def build_splits(run: Run, name: str, folder: Path) -> dict:
-    """Stage `splits`: split.csv, which every later stage and every modality uses."""
+    """Stage `splits`: split.csv, which every later stage and every modality uses, and
+    set_aside.csv, the rows that the run goes on without.
+    """
+    save_table(folder / "set_aside.csv", set_aside(run))
     table = make_split(chosen_labels(run), run.split, run.seed, chosen_groups(run))
     save_table(folder / "split.csv", table)
     return {part: int(n) for part, n in table["part"].value_counts().items()}

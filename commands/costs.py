@@ -19,11 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, CamembertConfig, FlaubertConfig, PreTrainedConfig
 
 import helpers as h
-from engine.catalogue import catalogue_folder, load_catalogue
-from engine.pictures import cache_bytes
+from engine.picture_cache import cache_bytes
+from engine.rows import usable_products
 from engine.runs import Run
 from engine.settings import FIELDS, REPRESENTATIONS, SPLITS, VALIDATION_SHARE, Profile
-from engine.text_models import checkpoint_place
+from engine.text_checkpoints import checkpoint_place
 from engine.texts import clean_text
 
 
@@ -149,7 +149,7 @@ class Sizes:
 def find_sizes(profile: Profile) -> Sizes:
     """Sizes from the catalogue where it is there, else those of the public data."""
     try:
-        products = load_catalogue(catalogue_folder(Run(profile, "90-10", 0)))
+        products = usable_products(Run(profile, "90-10", 0))
     except (OSError, ValueError):
         rows, means = PUBLIC_ROWS[profile.rows], PUBLIC_TOKENS[profile.rows]
         source = ("no catalogue that can be read is here, so rows and text lengths are those of "

@@ -24,19 +24,17 @@ from commands.inputs import (
     Check,
     check_catalogue,
     check_counts,
-    check_networks,
     check_pictures,
-    check_weights_here,
-    check_weights_on_hub,
     decode_all,
     decode_some,
     fault,
     judge,
 )
+from commands.networks import check_networks, check_weights_here, check_weights_on_hub
 from engine import settings
 from engine.files import read_json
 from engine.keys import folder_of
-from engine.pictures import cache_bytes
+from engine.picture_cache import cache_bytes
 from engine.progress import cores
 from engine.runs import Run, cache_folder, runs_folder
 from engine.settings import SPLITS

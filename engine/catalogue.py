@@ -11,10 +11,12 @@ from types import ModuleType
 import pandas as pd
 
 from engine import settings
-from engine.files import file_stats, hash_file, lock_of, one_line, read_json
+from engine.files import file_stats, hash_file, lock_of, read_json
 from engine.fingerprint import content
 from engine.runs import Run, cache_folder, from_root
 from engine.settings import FIELDS
+from engine.tables import WHOLE, read_table
+from engine.texts import strip_html
 
 LAYOUTS = {
     "ENS": {
@@ -113,27 +115,44 @@ def load_catalogue(folder: Path) -> pd.DataFrame:
 
     Columns: product_id, image_id (int64), title, description (str, "" if missing), prdtypecode,
     label_id (0 to 26, the order of data/rakuten_classes.csv), picture (path). ValueError for a
-    column, code or id that does not fit. Shown in 01.
+    file, a column or a row that does not fit. Shown in 01.
+    """
+    products, bad = read_catalogue(folder)
+    refuse_bad_rows(folder, bad)
+    return products.reset_index(drop=True)
+
+
+def read_catalogue(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The products whose rows fit, as `load_catalogue` gives them but by row number; and the other
+    rows, as [row, product_id (text), why].
     """
     layout = LAYOUTS[find_layout(folder)]
     x = read_products(folder, layout["x"], layout["images"])
-    y = read_table(folder, layout["y"], [layout["label"]])
-    if not x.index.equals(y.index):
-        raise ValueError(f"{layout['x']} ({len(x)} rows) and {layout['y']} ({len(y)} rows) in "
-                         f"{folder} do not list the same products in the same order; download "
-                         "both again")
-    products = x.drop(columns="picture").assign(prdtypecode=y[layout["label"]])
-    products = products.assign(label_id=encode_labels(products["prdtypecode"]))
-    return products.assign(picture=x["picture"]).reset_index(drop=True)
+    y = read_rows(folder, layout["y"], [layout["label"]])
+    refuse_other_rows(folder, x, y)
+    codes = y[layout["label"]].loc[x.index]
+    x["prdtypecode"] = pd.to_numeric(codes, errors="coerce")
+    x["label_id"] = x["prdtypecode"].map(load_classes().set_index("prdtypecode")["label_id"])
+    unknown = "the product type code {!r} is none of the 27 of data/rakuten_classes.csv"
+    x["why"] = first_fault([(x["why"] != "", "{}", x["why"]),
+                            (x["title"].map(strip_html) == "", "its title is empty", codes),
+                            (x["label_id"].isna(), unknown, codes)])
+    fits = x["why"] == ""
+    bad = x.loc[~fits, ["product_id", "why"]].rename_axis("row").reset_index()
+    return with_numbers(x[fits]), bad
 
 
 def load_test_products(folder: Path) -> pd.DataFrame:
     """The challenge's unlabelled products, with the file's own index and without label columns.
 
     FileNotFoundError names the files that would do. SIGIR's second phase goes before its first.
+    ValueError for any row that does not fit: each must get its label.
     """
     name = test_table(folder)
-    return read_products(folder, name, LAYOUTS[find_layout(folder)]["test"][name])
+    x = read_products(folder, name, LAYOUTS[find_layout(folder)]["test"][name])
+    bad = x.loc[x["why"] != "", ["why"]].rename_axis("row").reset_index()
+    refuse_bad_rows(folder / name, bad, "correct them")
+    return with_numbers(x)
 
 
 def test_table(folder: Path) -> str:
@@ -147,69 +166,98 @@ def test_table(folder: Path) -> str:
 
 
 def read_products(folder: Path, file: str, images: Sequence[str]) -> pd.DataFrame:
-    """[product_id, image_id, title, description, picture] of one table, with its index."""
+    """[product_id, image_id, title, description, picture, why] of one table, all as texts, by row
+    number. `why` says what is wrong with a row, "" if nothing.
+    """
     columns = LAYOUTS[find_layout(folder)]["columns"]
-    x = read_table(folder, file, list(columns))[list(columns)].rename(columns=columns)
-    for name in ("product_id", "image_id"):
-        odd = x[name][~x[name].astype(str).str.fullmatch(r"\d{1,18}")]
-        if len(odd):
-            raise ValueError(f"{folder / file}: {name} {str(odd.iloc[0])!r} is no whole number of "
-                             "at most 18 digits; get the file again")
-    if not x["product_id"].is_unique:
-        twice = x["product_id"][x["product_id"].duplicated()].iloc[0]
-        raise ValueError(f"product ids in {folder / file} are not unique: {twice} occurs twice")
-    place = next((folder / name for name in images if (folder / name).is_dir()),
-                 folder / images[0])
-    x["picture"] = [str(place / f"image_{image}_product_{product}.jpg")
-                    for image, product in zip(x["image_id"], x["product_id"])]
+    x = read_rows(folder, file, list(columns)).rename(columns=columns)
+    ids, odd = x["product_id"], "{!r} is no whole number of at most 18 digits"
+    faults = [(~x[name].str.fullmatch(WHOLE), f"{name} {odd}", x[name])
+              for name in ("product_id", "image_id")]
+    faults += [(ids.duplicated(keep=False), "product_id {} occurs twice", ids)]
+    faults += [(x[name].str.contains("\0", regex=False), f"its {name} holds a null byte", ids)
+               for name in FIELDS]
+    x["why"] = first_fault(faults)
+    names = [f"image_{image}_product_{product}"
+             for image, product in zip(x["image_id"], x["product_id"])]
+    x["picture"] = picture_paths([folder / place for place in images], names)
     return x
 
 
-def read_table(folder: Path, file: str, columns: Sequence[str]) -> pd.DataFrame:
-    """A table of the catalogue as it is, "" for a missing text; ValueError names a lost column."""
-    layout, path = LAYOUTS[find_layout(folder)], folder / file
-    text = {theirs: str for theirs, ours in layout["columns"].items() if ours in FIELDS}
-    try:
-        table = pd.read_csv(path, sep=layout["separator"], index_col=0, keep_default_na=False,
-                            dtype=text)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a table in UTF-8 ({one_line(error)}); get it "
-                         "again") from error
-    refuse_odd_rows(path, table, [*layout["columns"], layout["label"]])
-    if missing := [column for column in columns if column not in table]:
-        raise ValueError(f"{path} has no column {', '.join(missing)}; found: {', '.join(table)}")
-    return table
+def read_rows(folder: Path, file: str, columns: Sequence[str]) -> pd.DataFrame:
+    """The columns of one of the catalogue's tables, as texts, by row number (int64)."""
+    layout = LAYOUTS[find_layout(folder)]
+    known = [*layout["columns"], layout["label"]]
+    table = read_table(folder / file, layout["separator"], columns, known)
+    return table.set_axis(table.index.astype("int64"))
 
 
-def refuse_odd_rows(path: Path, table: pd.DataFrame, columns: Sequence[str]) -> None:
-    """ValueError if the table's first column does not number its rows."""
-    if table.index.name in columns:
-        raise ValueError(f"{path} was saved without its row numbers: its first column is "
-                         f"{table.index.name!r}; save it with them, or get it again")
-    numbers = table.index.astype(str)
-    odd = numbers[~numbers.str.fullmatch(r"\d{1,18}")]
-    if len(odd):
-        raise ValueError(f"{path}: its first column holds {odd[0]!r}, which is no row number; get "
-                         "it again")
-    if numbers.has_duplicates:
-        twice = numbers[numbers.duplicated()][0]
-        raise ValueError(f"{path}: the row number {twice} occurs twice; get it again")
+def first_fault(faults: Sequence[tuple[pd.Series, str, pd.Series]]) -> pd.Series:
+    """For each row the words of the first of these that is true, (where, words, of what values);
+    "" if none is.
+    """
+    why = pd.Series("", faults[0][0].index)
+    for wrong, words, values in faults:
+        rows = why.index[wrong & (why == "")]
+        why.loc[rows] = [words.format(value) for value in values.loc[rows]]
+    return why
 
 
-def encode_labels(codes: pd.Series) -> pd.Series:
-    """Label ids 0 to 26 of Rakuten's type codes; ValueError names codes that are not known."""
-    label_of = load_classes().set_index("prdtypecode")["label_id"]
-    labels = pd.to_numeric(codes, errors="coerce").map(label_of)
-    if labels.isna().any():
-        unknown = codes[labels.isna()].drop_duplicates().head(5).tolist()
-        raise ValueError(f"unknown product type codes {unknown}; data/rakuten_classes.csv lists "
-                         "the 27 known ones")
-    return labels.astype("int64")
+def with_numbers(x: pd.DataFrame) -> pd.DataFrame:
+    """Rows that fit, without `why`, their numbers as int64."""
+    numbers = {"product_id", "image_id", "prdtypecode", "label_id"}
+    return x.drop(columns="why").astype({name: "int64" for name in x if name in numbers})
+
+
+def refuse_other_rows(folder: Path, x: pd.DataFrame, y: pd.DataFrame) -> None:
+    """ValueError with the first row number that only one of the two labelled tables has."""
+    layout = LAYOUTS[find_layout(folder)]
+    for one, other, name in ((x, y, "x"), (y, x, "y")):
+        alone = one.index.difference(other.index)
+        if len(alone):
+            raise ValueError(
+                f"{layout['x']} ({len(x):,} rows) and {layout['y']} ({len(y):,} rows) in {folder} "
+                f"do not list the same rows: {alone[0]} is in {layout[name]} alone, as are "
+                f"{len(alone) - 1:,} others (a quotation mark that is not closed swallows the "
+                "rows that follow); get both again")
+
+
+def refuse_bad_rows(place: Path, bad: pd.DataFrame,
+                    todo: str = "correct them, or set bad_rows=set_aside: it goes on without them "
+                                "and lists them") -> None:
+    """ValueError that counts the rows [row, why] that cannot be used, and names the first three."""
+    if len(bad):
+        raise ValueError(f"{place}: {len(bad):,} rows cannot be used ({told_rows(bad)}); {todo}")
+
+
+def told_rows(bad: pd.DataFrame) -> str:
+    """What is wrong with the first three rows [row, why]."""
+    some = [f"row {row}: {why}" for row, why in zip(bad["row"][:3], bad["why"])]
+    return "; ".join(some + ["..."] * (len(bad) > 3))
 
 
 # --- pictures -------------------------------------------------------------------------------------
+def picture_paths(places: Sequence[Path], names: Sequence[str]) -> list[str]:
+    """The path of each picture, in that of the places which holds most of them.
+
+    A place may hold one more folder of its name in which they lie, and .JPG or .jpeg is as good as
+    .jpg. Of an absent one it is the path where it should be.
+    """
+    folders = [folder for place in places for folder in (place, place / place.name)]
+    best, there = next((folder for folder in folders if folder.is_dir()), places[0]), {}
+    for folder in filter(Path.is_dir, folders):
+        files = {file.stem.lower(): file.name for file in map(Path, sorted(os.listdir(folder)))
+                 if file.suffix.lower() in (".jpg", ".jpeg")}
+        found = {name: files[name] for name in names if name in files}
+        if len(found) > len(there):
+            best, there = folder, found
+    return [f"{best}{os.sep}{there.get(name, f'{name}.jpg')}" for name in names]
+
+
 def absent_pictures(products: pd.DataFrame) -> list[str]:
-    """The paths of these products' pictures that are not there, or are empty files."""
+    """The paths of these products' pictures that are not there, are empty, or are links that lead
+    out of their folder.
+    """
     about = file_stats(products["picture"])
     return [path for path in products["picture"] if path not in about or not about[path].st_size]
 
@@ -218,6 +266,6 @@ def check_pictures(products: pd.DataFrame, todo: str = "") -> None:
     """ValueError that counts the absent pictures and names the first of them."""
     if absent := absent_pictures(products):
         names = ", ".join(Path(path).name for path in absent[:3]) + ", ..." * (len(absent) > 3)
-        raise ValueError(f"{len(absent):,} of {len(products):,} pictures are absent or empty in "
-                         f"{Path(absent[0]).parent}: {names}; "
+        raise ValueError(f"{len(absent):,} of {len(products):,} pictures are absent, empty, or "
+                         f"links out of {Path(absent[0]).parent}: {names}; "
                          f"{todo or '`run.py doctor` lists them all'}")

@@ -42,32 +42,45 @@ def hash_source(source: str) -> str:
 
 
 def file_stats(paths: Sequence[str]) -> dict[str, os.stat_result]:
-    """What the system says of those of these files that are there; each folder is read once."""
+    """What the system says of those of these files that are there, links out of their folder apart;
+    each folder is read once.
+    """
     wanted, found = set(paths), {}
     for folder in set(map(os.path.dirname, wanted)):
         if os.path.isdir(folder):
             with os.scandir(folder) as entries:
                 found |= {entry.path: entry.stat() for entry in entries
-                          if entry.path in wanted and entry.is_file()}
+                          if entry.path in wanted and entry.is_file() and not _leads_out(entry)}
     return found
 
 
-def hash_files(paths: Sequence[str]) -> list[str]:
-    """The hash of each file's bytes, "" if it is not there.
+def _leads_out(entry: os.DirEntry) -> bool:
+    """Whether an entry of a folder is a link to what does not lie in that folder."""
+    path = Path(entry.path)
+    return entry.is_symlink() and path.parent.resolve() not in path.resolve().parents
 
-    Hashes are kept in the cache with a file's size and times, so that each is read once.
+
+def hash_files(paths: Sequence[str]) -> list[str]:
+    """The hash of each file's bytes, "" if it is not there."""
+    return remember("hashes", fast_hash, paths)
+
+
+def remember(name: str, look: Callable[[str], str], paths: Sequence[str]) -> list[str]:
+    """What `look` says of each file, "" of one that is not there.
+
+    It is kept in the cache with a file's size and times, so that each is read once.
     """
     states = {path: _state(about) for path, about in file_stats(paths).items()}
     folders = sorted(set(map(os.path.dirname, paths)))
-    place = cache_folder() / f"hashes-{hash_json(folders)[:16]}.json"
-    known = _kept_hashes(place, place.stat().st_mtime_ns if place.exists() else 0)
+    place = cache_folder() / f"{name}-{hash_json(folders)[:16]}.json"
+    known = _remembered(place, place.stat().st_mtime_ns if place.exists() else 0)
     todo = [path for path, state in states.items() if known.get(path, ("",))[0] != state]
     if todo:
         bar = Progress("reading files", len(todo), "files")
-        with ThreadPoolExecutor(cores()) as pool:  # hashlib works outside the interpreter's lock
-            digests = list(bar.track(pool.map(fast_hash, todo)))
+        with ThreadPoolExecutor(cores()) as pool:  # most of it is outside the interpreter's lock
+            said = list(bar.track(pool.map(look, todo)))
         bar.close()
-        known = known | {path: (states[path], digest) for path, digest in zip(todo, digests)}
+        known = known | {path: (states[path], word) for path, word in zip(todo, said)}
         with suppress(OSError):  # where nothing can be kept, they are read again
             place.parent.mkdir(parents=True, exist_ok=True)
             with lock_of(place.parent.with_suffix(".lock")):
@@ -88,7 +101,7 @@ def fast_hash(path: str | Path) -> str:
 
 
 @lru_cache(maxsize=8)
-def _kept_hashes(place: Path, mtime: int) -> dict[str, tuple[str, str]]:
+def _remembered(place: Path, mtime: int) -> dict[str, tuple[str, str]]:
     return read_json(place) or {}
 
 

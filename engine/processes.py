@@ -26,7 +26,11 @@ from engine.settings import Profile
 
 def group() -> PartialState:
     """The processes that make a stage together: this one alone, or all that torchrun started."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))
+    meeting = {}
+    if "STUDY_STORE" in os.environ:  # of `launch`
+        meeting = {"init_method": f"file://{os.environ['STUDY_STORE']}",
+                   "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6), **meeting)
 
 
 def device() -> torch.device:
@@ -79,7 +83,8 @@ def launch(run: Run, name: str, processes: int) -> None:
 
     New ones, because a notebook's own process may hold a GPU already, and then cannot be forked
     ("CUDA already initialised"). They are started by a command line, `torchrun run.py stage`: the
-    one place where the engine points up, to run.py. ChildProcessError with the first that failed.
+    one place where the engine points up, to run.py. They meet by a file, and what listens does so
+    on this machine's loopback alone. ChildProcessError with the first that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -89,8 +94,11 @@ def launch(run: Run, name: str, processes: int) -> None:
         environment = {
             "OMP_NUM_THREADS": share, **os.environ, "STUDY_CORES": share,
             "STUDY_EVENTS": str(events), "STUDY_PARENT": str(os.getpid()),
-            "TORCHELASTIC_ERROR_FILE": str(place / "error.json")}
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "TORCHELASTIC_ERROR_FILE": str(place / "error.json"),
+            "STUDY_STORE": str(place / "processes"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "GLOO_SOCKET_IFNAME": _loopback(), "NCCL_SOCKET_IFNAME": _loopback()}
+        command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d",
+                   "--rdzv-conf=store_type=file", f"--rdzv-endpoint={place / 'agent'}",
                    f"--nproc-per-node={processes}", str(settings.ROOT / "run.py"), "stage", name,
                    *run.options]
         line = Progress(f"{name} in {processes} processes", 0)
@@ -105,6 +113,14 @@ def launch(run: Run, name: str, processes: int) -> None:
         if child.returncode:
             raise ChildProcessError(f"stage {name} failed in {processes} processes: "
                                     + _what_failed(place / "error.json", log))
+
+
+def _loopback() -> str:
+    """The name of the network interface that reaches this machine alone."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == "127.0.0.1" for address in addresses):
+            return name
+    raise OSError("this machine has no network interface of address 127.0.0.1")
 
 
 def _follow(child: subprocess.Popen, events: Path, line: Progress) -> None:

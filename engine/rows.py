@@ -12,10 +12,12 @@ from engine.catalogue import (
     LAYOUTS,
     catalogue_folder,
     find_layout,
-    load_catalogue,
+    read_catalogue,
+    refuse_bad_rows,
 )
 from engine.files import hash_files, hash_json
 from engine.fingerprint import content
+from engine.pictures import picture_faults
 from engine.runs import Run
 from engine.settings import FIELDS, choices, one_of
 from engine.texts import has_words
@@ -54,6 +56,49 @@ def select_rows(products: pd.DataFrame, rows: str, limit: int = 0, seed: int = 0
     return products.loc[kept.sort_values()].reset_index(drop=True)
 
 
+def usable_products(run: Run) -> pd.DataFrame:
+    """The products of the run's catalogue, as `load_catalogue` gives them.
+
+    Under bad_rows="stop" all, or ValueError; under "set_aside" those without a fault.
+    """
+    return _usable(*_source(run)).copy()
+
+
+def _source(run: Run) -> tuple:
+    """What decides which products can be used: folder, state of its tables, policy, and, where rows
+    may be set aside, (path, what is wrong) of pictures.
+    """
+    folder = catalogue_folder(run)
+    layout = LAYOUTS[find_layout(folder)]
+    tables = [folder / layout["x"], folder / layout["y"], CLASSES]
+    state = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in tables)
+    if run.profile.bad_rows == "stop":
+        return folder, state, "stop", ()
+    paths = _read(folder, state)[0]["picture"].tolist()
+    faults = tuple(pair for pair in zip(paths, picture_faults(paths)) if pair[1])
+    return folder, state, "set_aside", faults
+
+
+@lru_cache(maxsize=2)
+def _read(folder: Path, state: tuple) -> tuple[pd.DataFrame, pd.DataFrame]:
+    return read_catalogue(folder)
+
+
+@lru_cache(maxsize=4)
+def _usable(folder: Path, state: tuple, bad_rows: str, faults: tuple) -> pd.DataFrame:
+    products, bad = _read(folder, state)
+    if bad_rows == "stop":
+        refuse_bad_rows(folder, bad)
+    return products[~products["picture"].isin(dict(faults))].reset_index(drop=True)
+
+
+def _set_aside(folder: Path, state: tuple, bad_rows: str, faults: tuple) -> pd.DataFrame:
+    products, bad = _read(folder, state)
+    why = products["picture"].map(dict(faults)).dropna()
+    unseen = products.loc[why.index, ["product_id"]].assign(why=why).rename_axis("row")
+    return pd.concat([bad, unseen.reset_index()]).sort_values("row", ignore_index=True)
+
+
 def chosen_products(run: Run) -> pd.DataFrame:
     """The run's rows of its catalogue, as `load_catalogue` gives them, in order of product id."""
     return _chosen(*_choice(run)).copy()
@@ -61,17 +106,13 @@ def chosen_products(run: Run) -> pd.DataFrame:
 
 def _choice(run: Run) -> tuple:
     """What decides which rows are chosen, and what they hold."""
-    folder = catalogue_folder(run)
-    layout, profile = LAYOUTS[find_layout(folder)], run.profile
-    tables = [folder / layout["x"], folder / layout["y"], CLASSES]
-    state = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in tables)
-    seed = run.seed if profile.limit else 0
-    return folder, profile.rows, profile.limit, seed, state
+    seed = run.seed if run.profile.limit else 0
+    return run.profile.rows, run.profile.limit, seed, *_source(run)
 
 
 @lru_cache(maxsize=4)
-def _chosen(folder: Path, rows: str, limit: int, seed: int, state: tuple) -> pd.DataFrame:
-    products = select_rows(load_catalogue(folder), rows, limit, seed)
+def _chosen(rows: str, limit: int, seed: int, *source: object) -> pd.DataFrame:
+    products = select_rows(_usable(*source), rows, limit, seed)
     return products.sort_values("product_id", ignore_index=True)
 
 
@@ -83,6 +124,17 @@ def _digest(columns: tuple[str, ...], *choice: object) -> str:
 def labels_digest(run: Run) -> str:
     """The hash of what `chosen_labels` gives."""
     return _digest(LABELS, *_choice(run))
+
+
+def set_aside_digest(run: Run) -> str:
+    """The hash of what `set_aside` gives."""
+    return hash_json(set_aside(run).astype(str).to_dict("list"))
+
+
+@content(set_aside_digest)
+def set_aside(run: Run) -> pd.DataFrame:
+    """[row, product_id, why] of the labelled rows that the run goes on without, by row number."""
+    return _set_aside(*_source(run)).copy()
 
 
 @content(labels_digest)

@@ -105,6 +105,8 @@ class Profile:
         "described", "rows that have a description, or all rows", source="paper, section IV.A")
     grouped: bool = setting(False, "exact and near duplicates stay on one side of the split")
     limit: CountOr0 = setting(0, "a stratified choice of so many rows; 0: all", "rows")
+    bad_rows: Literal["stop", "set_aside"] = setting(
+        "stop", "a row or picture that cannot be used stops the run, or is set aside and listed")
     clean: Literal["paper", "light"] = setting(
         "paper", "paper: HTML, tokens, lower case; light: HTML only", source="paper, section IV.A")
     camembert: str = setting(

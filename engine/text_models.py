@@ -1,19 +1,14 @@
-"""A text checkpoint and its limits, or a small model made for the sample."""
+"""The tokens of texts, and the small models and tokenizers made for the sample."""
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
-import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoTokenizer,
     CamembertConfig,
     CamembertModel,
     CamembertTokenizer,
@@ -22,110 +17,10 @@ from transformers import (
     FlaubertTokenizer,
 )
 
-from engine.files import hash_source, one_line, write_json
-from engine.fingerprint import content
-from engine.runs import Run, from_root
+from engine.files import write_json
 
 
-# --- checkpoints ----------------------------------------------------------------------------------
-def _source_digest(run: Run, stage: str) -> str:
-    encoder = stage.removeprefix("vectors-").partition("_")[0]
-    return hash_source(text_source(run, encoder))
-
-
-@content(_source_digest, of_stage=True)
-def text_source(run: Run, encoder: str) -> str:
-    """What the setting of a text encoder names: a checkpoint, or "small"."""
-    return getattr(run.profile, encoder)
-
-
-def checkpoint_place(source: str) -> str:
-    """The folder that `source` names from the project's root; else `source`, a name on the hub."""
-    folder = from_root(source)
-    return str(folder) if folder.is_dir() else source
-
-
-def load_checkpoint(source: str, max_length: int,
-                    gradient_checkpointing: bool = False) -> tuple[nn.Module, object]:
-    """Model (float32, without the pooler, which nothing here reads) and tokenizer of a Hugging
-    Face text checkpoint, a folder or a name on the hub.
-
-    ValueError if it cannot be had, or cannot read `max_length` tokens.
-    """
-    try:
-        place = checkpoint_place(source)
-        model = AutoModel.from_pretrained(place, dtype=torch.float32,
-                                          trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except Exception as error:  # the libraries raise many kinds for what is not whole
-        raise ValueError(
-            f"text checkpoint {source!r} cannot be loaded: it is neither a whole folder here, nor "
-            f"in the hub's cache, nor can it be had from the hub ({one_line(error)})") from error
-    refuse_unfit(source, model, tokenizer, max_length)
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None
-    tokenizer.padding_side = "right"  # the first token is the text's, not padding
-    if gradient_checkpointing and model.supports_gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    return model, tokenizer
-
-
-def look_at_checkpoint(source: str, max_length: int) -> None:
-    """ValueError if a checkpoint that lies here is not fit, judged by its shapes alone."""
-    place = checkpoint_place(source)
-    try:
-        with torch.device("meta"):
-            config = AutoConfig.from_pretrained(place, local_files_only=True,
-                                                trust_remote_code=False)
-            model = AutoModel.from_config(config, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True,
-                                                  trust_remote_code=False)
-    except Exception as error:  # the libraries raise many kinds
-        raise ValueError(f"text checkpoint {source!r} cannot be loaded ({one_line(error)})") \
-            from error
-    refuse_unfit(source, model, tokenizer, max_length)
-
-
-def refuse_unfit(source: str, model: nn.Module, tokenizer, max_length: int) -> None:
-    """ValueError if tokenizer and model do not belong together, or are of a kind that gives no
-    vector of a text, or read fewer tokens than `max_length`.
-    """
-    tokens = model.config.vocab_size
-    if len(tokenizer) < tokens / 2:  # transformers makes an empty one where files are missing
-        raise ValueError(f"text checkpoint {source!r}: the model has {tokens} tokens and its "
-                         f"tokenizer {len(tokenizer)}; the tokenizer's files are missing")
-    if tokenizer.pad_token is None or model.config.is_encoder_decoder:
-        no_padding = tokenizer.pad_token is None
-        lacks = "has no padding token" if no_padding else "is an encoder with a decoder"
-        raise ValueError(f"text checkpoint {source!r} {lacks}; take an encoder such as BERT or "
-                         "RoBERTa")
-    longest = longest_input(model, tokenizer)
-    if max_length > longest:
-        raise ValueError(f"text checkpoint {source!r} reads at most {longest} tokens; set "
-                         f"max_length={longest} or less")
-
-
-def longest_input(model: nn.Module, tokenizer) -> int:
-    """The number of tokens that a text model and its tokenizer can take."""
-    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    positions = positions if positions > 0 else sys.maxsize  # XLNet has no limit and says -1
-    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
-    padding = getattr(table, "padding_idx", None)
-    if padding is not None:  # RoBERTa's kin number positions from the one after padding
-        positions -= padding + 1
-    return min(positions, tokenizer.model_max_length)
-
-
-@torch.no_grad()
-def refuse_blind_first_token(source: str, model: nn.Module) -> None:
-    """ValueError if the first token's vector is the same whatever follows it, as in GPT-2."""
-    ids = torch.tensor([[5, 6, 7], [5, 8, 9]])
-    states = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-    if torch.allclose(*states[:, 0], atol=1e-6):
-        raise ValueError(f"text checkpoint {source!r}: its first token does not see the others, so "
-                         "its vector says nothing about the text; set pooling=mean")
-
-
+# --- tokens ---------------------------------------------------------------------------------------
 def tokenise(tokenizer, texts: Sequence[str], max_length: int) -> list[dict[str, list[int]]]:
     """input_ids of each text, cut at `max_length` tokens; `tokenizer.pad` makes a batch of them.
 

@@ -45,7 +45,7 @@ from transformers import CamembertModel, CamembertTokenizer, FlaubertModel
 import helpers as h
 from commands import costs
 from engine import training
-from engine.pictures import write_pictures
+from engine.picture_cache import write_pictures
 from engine.settings import make_profile
 from engine.text_models import train_unigram
 from full_size import DESCRIPTION, TITLE, column, write_tables

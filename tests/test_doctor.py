@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 
 import helpers as h
 import run as study
-from commands import doctor, inputs
+from commands import doctor, inputs, networks
 from conftest import isolate, tiny_products
 from engine.files import write_json
 from engine.image_models import PAPER_WEIGHTS
 from engine.keys import folder_of
-from engine.pictures import cache_bytes
+from engine.picture_cache import cache_bytes
 from engine.runs import cache_folder, runs_folder
 
 TEXTS = tiny_products()["title"].tolist()
@@ -64,7 +64,7 @@ def examine(**settings) -> list[inputs.Check]:
 def examine_weights(encoder: str, **settings) -> inputs.Check:
     """The check of an encoder's weights, wherever they may be."""
     run = paper_run(**settings)
-    return checked(encoder, inputs.check_weights_here(run) + inputs.check_weights_on_hub(run))
+    return checked(encoder, networks.check_weights_here(run) + networks.check_weights_on_hub(run))
 
 
 def pictures(catalogue: Path) -> list[Path]:
@@ -131,7 +131,7 @@ def test_many_absent_pictures_are_listed_in_a_file(catalogue):
     gone[3].touch()  # an empty file is no picture
     found = checked("pictures", examine()).found
     assert sum(path.name in found for path in gone) == 10
-    assert "12 of 55 pictures are absent or empty" in found
+    assert "12 of 55 pictures are absent, empty or links" in found
     listing = runs_folder() / "pictures-absent.txt"
     assert str(listing) in found
     assert listing.read_text().split() == [str(path) for path in gone]
@@ -200,7 +200,7 @@ def test_no_pictures_at_all_says_where_they_are_looked_for(tiny_ens, tmp_path, m
 # --- settings, machine, versions ------------------------------------------------------------------
 def without_descriptions(catalogue: Path) -> None:
     table = catalogue / "X_train_update.csv"
-    pd.read_csv(table, index_col=0).assign(description="").to_csv(table)
+    pd.read_csv(table, index_col=0, keep_default_na=False).assign(description="").to_csv(table)
 
 
 @pytest.mark.parametrize("settings, name, found", [
@@ -227,11 +227,11 @@ def test_text_encoders_of_different_widths_are_refused_before_hours(checkpoints,
     tokenizer = h.train_tokenizer("flaubert", TEXTS, 200, tmp_path)
     h.small_text_model("flaubert", tokenizer, 32, 1, 32).save_pretrained(tmp_path)
     settings = {"camembert": str(checkpoints["camembert"]), "flaubert": str(tmp_path)}
-    (check,) = inputs.check_networks(paper_run(**settings))
+    (check,) = networks.check_networks(paper_run(**settings))
     assert check.state == "fatal"
     assert "differ in width" in check.found
     assert "set project=True" in check.found
-    (check,) = inputs.check_networks(paper_run(**settings, project=True))
+    (check,) = networks.check_networks(paper_run(**settings, project=True))
     assert check.state == "ok"
 
 
@@ -332,7 +332,7 @@ def test_a_checkpoint_in_the_hubs_cache_is_found_and_another_is_not(checkpoints,
     whole = examine_weights("camembert", max_length=32)
     assert whole.state == "ok"
     assert "local cache" in whole.found
-    assert inputs.check_weights_on_hub(paper_run(max_length=32, flaubert="small",
+    assert networks.check_weights_on_hub(paper_run(max_length=32, flaubert="small",
                                                  seresnext="small")) == []
     long = examine_weights("camembert", max_length=33)
     assert long.state == "fatal"
@@ -352,8 +352,8 @@ def test_a_checkpoint_in_the_hubs_cache_is_found_and_another_is_not(checkpoints,
 
 def test_what_the_hub_has_is_ok(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(inputs, "why_unreachable", lambda url: "")
-    checks = inputs.check_weights_on_hub(paper_run())
+    monkeypatch.setattr(networks, "why_unreachable", lambda url: "")
+    checks = networks.check_weights_on_hub(paper_run())
     assert [check.name for check in checks] == [*h.TEXT_ENCODERS, "seresnext"]
     assert all(check.state == "ok" and "on the hub" in check.found for check in checks)
 
@@ -373,7 +373,7 @@ def test_image_weights_are_looked_for_in_each_place(tmp_path, monkeypatch, make_
     assert unknown.state == "fatal"
     assert "close names" in unknown.found
     vit = make_run(seresnext="timm/vit_tiny_patch16_224", image_size=224, region_size=224)
-    (refused,) = inputs.check_networks(vit)
+    (refused,) = networks.check_networks(vit)
     assert refused.state == "fatal"
     assert "cannot take 14 x 14 tiles" in refused.found
 
@@ -408,7 +408,7 @@ def test_frozen_encoders_need_a_checkpoint():
 def test_an_address_that_does_not_answer_is_said(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     url = "http://127.0.0.1:9/"
-    assert f"no answer from {url}" in inputs.why_unreachable(url)
+    assert f"no answer from {url}" in networks.why_unreachable(url)
 
 
 # --- what a study asks ----------------------------------------------------------------------------
@@ -427,7 +427,7 @@ def test_a_study_stops_at_the_first_fatal_check_with_its_remedy(catalogue, monke
     gone = pictures(catalogue)[0]
     gone.unlink()
     told = refusal(paper_run(**SMALL_ENCODERS))
-    assert f"1 of 55 pictures are absent or empty in {gone.parent}: {gone.name}" in told
+    assert f"1 of 55 pictures are absent, empty or links out of {gone.parent}: {gone.name}" in told
     assert told.endswith("get them again, or remove their rows from both tables")
     monkeypatch.setenv("RAKUTEN_DATA", str(catalogue / "nowhere"))
     assert "no catalogue in" in refusal(paper_run(**SMALL_ENCODERS))
@@ -436,12 +436,13 @@ def test_a_study_stops_at_the_first_fatal_check_with_its_remedy(catalogue, monke
 def test_a_class_of_too_few_rows_is_refused_at_once(tiny_ens, tmp_path, monkeypatch):
     isolate(monkeypatch, tmp_path, tiny_ens)
     table, codes = tiny_ens / "X_train_update.csv", tiny_ens / "Y_train_CVw08PX.csv"
-    rows, labels = (pd.read_csv(path, index_col=0) for path in (table, codes))
+    rows, labels = (pd.read_csv(path, index_col=0, keep_default_na=False)
+                    for path in (table, codes))
     few = labels.index[labels["prdtypecode"] == 40][2:]
     rows.drop(few).to_csv(table)
     labels.drop(few).to_csv(codes)
     told = refusal(paper_run(**SMALL_ENCODERS, rows="all"))
-    assert "has 2 rows; a stratified split needs 3" in told
+    assert "a stratified split needs 3 rows of each class" in told and "{40: 2}" in told
 
 
 def test_what_needs_no_catalogue_is_asked_without_one(tmp_path, monkeypatch):
@@ -452,7 +453,7 @@ def test_what_needs_no_catalogue_is_asked_without_one(tmp_path, monkeypatch):
 
 
 def test_a_study_asks_neither_the_hub_nor_the_disk(catalogue, monkeypatch):
-    monkeypatch.setattr(inputs, "why_unreachable", lambda url: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(networks, "why_unreachable", lambda url: pytest.fail("the hub was asked"))
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: pytest.fail("of the disk"))
     monkeypatch.setattr(inputs, "decode_picture", lambda *_: pytest.fail("a picture was decoded"))
     doctor.refuse_fatal(paper_run())

@@ -177,14 +177,16 @@ BROKEN = [
     ("engine.texts", "clean_text", ON_TEXT),
     ("engine.texts", "strip_html", ON_TEXT),  # clean_text calls it
     ("engine.pictures", "decode_picture", ON_IMAGES),
+    ("engine.picture_cache", "DecodedPictures.__getitem__", ON_IMAGES),
+    ("engine.tables", "split_rows", NOTHING),
     ("engine.duplicates", "text_key", NOTHING),
-    ("engine.catalogue", "encode_labels", NOTHING),
+    ("engine.catalogue", "first_fault", NOTHING),
     ("engine.rows", "select_rows", NOTHING),
     ("engine.training", "EpochSampler.__iter__", ON_ENCODERS),
     ("engine.training", "rows_at_a_time", ON_ENCODERS),
     ("engine.vectors", "encode_rows", ON_ENCODERS - {"seresnext"}),
     ("engine.text_models", "small_text_model", ON_TEXT_ENCODERS),
-    ("engine.text_models", "load_checkpoint", ON_TEXT_ENCODERS),
+    ("engine.text_checkpoints", "load_checkpoint", ON_TEXT_ENCODERS),
     ("engine.image_models", "SmallSENet.__init__", ON_IMAGES),
     ("engine.image_models", "fit_weights", ON_IMAGES),
     ("helpers", "make_split", ON_SPLITS),
@@ -237,7 +239,7 @@ TEXT_VECTORS = {f"vectors-{name}" for name in TEXT_STAGES}
 @pytest.mark.parametrize("room, name, expected", [
     ("helpers", "build_frozen", ON_TEXT_ENCODERS | {"seresnext", "scores"}),
     ("engine.image_models", "SmallSENet.__init__", VECTORS - TEXT_VECTORS | ON_IMAGES),
-    ("engine.text_models", "load_checkpoint", TEXT_VECTORS | ON_TEXT_ENCODERS),
+    ("engine.text_checkpoints", "load_checkpoint", TEXT_VECTORS | ON_TEXT_ENCODERS),
     ("engine.vectors", "encode_rows", VECTORS | ON_ENCODERS),
     ("helpers", "make_split", ON_SPLITS - {"image_regions", "image_whole"})])
 def test_frozen_encoders_stand_on_their_vectors_alone(make_run, add, room, name, expected):

@@ -161,7 +161,7 @@ def test_frozen_encoders_of_full_size_on_the_ens_layout(ens, full, tmp_path, mon
     ({"max_length": 65}, "reads at most 64 tokens; set max_length=64 or less"),
     ({"image_weights": "/nowhere/w.pth"}, "there is no file /nowhere/w.pth"),
     ({"limit": 20}, "limit=20 is too small for 27 classes"),
-    ({}, r"1 of 300 pictures are absent or empty .*\.jpg")])
+    ({}, r"1 of 300 pictures are absent, empty .*\.jpg")])
 def test_what_would_stop_a_study_after_hours_stops_it_at_once(
         ens, small, tmp_path, monkeypatch, settings, message):
     isolate(monkeypatch, tmp_path, ens)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import helpers as h
-from engine import files, fingerprint
+from engine import files, fingerprint, picture_cache
 from engine import pictures as pictures_room
 from engine.files import cache_file
 from engine.rows import pictures_digest
@@ -245,7 +245,7 @@ def test_a_picture_is_hashed_once_until_it_changes(run, products, monkeypatch):
     monkeypatch.setattr(files, "fast_hash", lambda path: read.append(path) or hash_one(path))
     first = pictures_digest(run)
     assert len(read) == 55 and pictures_digest(run) == first and len(read) == 55
-    files._kept_hashes.cache_clear()  # as in another process
+    files._remembered.cache_clear()  # as in another process
     assert pictures_digest(run) == first and len(read) == 55
     (Path(products["picture"][0]).parent / ".DS_Store").write_bytes(b"x")
     assert pictures_digest(run) == first and len(read) == 55
@@ -272,11 +272,11 @@ def test_a_damaged_cache_is_named_and_mended(run, damage, said):
 
 
 def test_one_block_is_mended_alone(run, monkeypatch):
-    monkeypatch.setattr(pictures_room, "BLOCK", 10)
+    monkeypatch.setattr(picture_cache, "BLOCK", 10)
     before, decoded = np.array(h.cached_pictures(run, 16)), []
     (cache,) = caches()
     with cache.open("r+b") as file:
-        file.seek(pictures_room.NPY_HEADER + 53 * 3 * 16 * 16)  # in the last block, of 5 pictures
+        file.seek(picture_cache.NPY_HEADER + 53 * 3 * 16 * 16)  # in the last block, of 5 pictures
         file.write(bytes(100))
     read = pictures_room.open_picture
     monkeypatch.setattr(pictures_room, "open_picture",
@@ -335,7 +335,7 @@ def test_pictures_decoded_each_time_are_the_cached_ones_in_worker_processes_too(
 
 def test_full_disk_is_noticed_before_the_cache_is_begun(run, monkeypatch):
     free = namedtuple("Usage", "free")(20_000_000)
-    monkeypatch.setattr("engine.pictures.shutil.disk_usage", lambda path: free)
+    monkeypatch.setattr("engine.picture_cache.shutil.disk_usage", lambda path: free)
     with pytest.raises(OSError, match=r"needs 0\.03 GB in .*0\.02 GB are free.*"
                                       "cache_pictures=False"):
         h.cached_pictures(run, 400)

@@ -1,6 +1,8 @@
 """Several processes: a stage made by two together, and stages side by side, come out as by one."""
 import os
+import threading
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import nbformat
@@ -74,10 +76,31 @@ def left_over() -> list:
     return list(runs_folder().glob("stages/*.partial"))
 
 
+@contextmanager
+def listeners():
+    """Gives the addresses on which processes below this one listen meanwhile."""
+    found, done = set(), threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.05):
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    found.update(socket.laddr.ip for socket in child.net_connections("inet")
+                                 if socket.status == psutil.CONN_LISTEN)
+
+    watch = threading.Thread(target=look)
+    watch.start()
+    yield found
+    done.set()
+    watch.join()
+
+
 # --- one stage together ---------------------------------------------------------------------------
 def test_two_processes_make_the_stage_that_one_makes(prepared, monkeypatch, tmp_path):
     run = prepared(processes=2)
-    folder = h.stage(run, "camembert_title")
+    with listeners() as addresses:
+        folder = h.stage(run, "camembert_title")
+    assert addresses == {"127.0.0.1"}  # nobody else can reach them
     together, curve, manifest = made(run)
     assert manifest["processes"] == 2 and left_over() == []
     folder.rename(folder.with_name(f"{folder.name}.partial"))  # as a kill before the renaming

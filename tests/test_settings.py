@@ -86,7 +86,8 @@ def test_choice_outside_the_list_is_named_with_the_list(name):
 
 
 def test_settings_with_a_list_of_choices():
-    assert WITH_CHOICES == ["rows", "clean", "pooling", "regions", "precision", "compile"]
+    assert WITH_CHOICES == ["rows", "bad_rows", "clean", "pooling", "regions", "precision",
+                            "compile"]
     assert choices("rows") == ("described", "all") and choices("camembert") == ()
 
 

@@ -698,7 +698,7 @@ REACH = [  # (settings, what is made again)
     *(({name: value}, ON_FUSION) for name, value in {
         "standardise": False, "project": True, "dropout": 0.1, "fusion_epochs": 3,
         "fusion_batch": 8, "fusion_lr": 0.1}.items()),
-    ({"bootstrap": 60}, {"scores"}),
+    ({"bootstrap": 60}, {"scores"}), ({"bad_rows": "set_aside"}, set()),
     ({"gradient_checkpointing": True, "checkpoint_steps": 1, "processes": 3, "loader_workers": 2,
       "cache_pictures": False, "threads": 2}, set())]
 

@@ -27,7 +27,7 @@ ALLOWED_TAGS = {"parameters", "nbval-check-output", "nbval-skip", "nbval-ignore-
 # These answer in the first second, so what they import does too.
 LIGHT = ["commands.plan", "commands.store", "engine.settings", "engine.runs", "engine.files",
          "engine.progress", "engine.fingerprint", "engine.catalogue", "engine.rows",
-         "engine.texts", "engine.pictures"]
+         "engine.texts", "engine.tables", "engine.pictures", "engine.picture_cache"]
 
 
 # --- rooms and arrows -----------------------------------------------------------------------------

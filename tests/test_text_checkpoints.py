@@ -28,7 +28,6 @@ import helpers as h
 from conftest import make_bert, tiny_products
 from engine.files import hash_source, read_json, write_json
 from engine.keys import key_of
-from engine.text_models import look_at_checkpoint
 
 SIZE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 48}
@@ -103,10 +102,8 @@ def test_a_checkpoint_says_how_many_tokens_it_can_read(checkpoint):
     longest = torch.full((1, 40), tokenizer.convert_tokens_to_ids(tokenizer.tokenize("a"))[0])
     states = model(input_ids=longest, attention_mask=torch.ones_like(longest))
     assert states.last_hidden_state.shape == (1, 40, 24)
-    look_at_checkpoint(str(checkpoint), 40)
-    for use in (h.load_checkpoint, look_at_checkpoint):
-        with pytest.raises(ValueError, match="reads at most 40 tokens; set max_length=40 or less"):
-            use(str(checkpoint), 41)
+    with pytest.raises(ValueError, match="reads at most 40 tokens; set max_length=40 or less"):
+        h.load_checkpoint(str(checkpoint), 41)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(checkpoint):
@@ -136,18 +133,16 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="text checkpoint '.*nowhere' cannot be loaded: it is "
                                          "neither a whole folder"):
         h.load_checkpoint(str(tmp_path / "nowhere"), 32)
-    for use in (h.load_checkpoint, look_at_checkpoint):
-        with pytest.raises(ValueError, match="text checkpoint 'nobody/nothing' cannot be loaded"):
-            use("nobody/nothing", 32)
+    with pytest.raises(ValueError, match="text checkpoint 'nobody/nothing' cannot be loaded"):
+        h.load_checkpoint("nobody/nothing", 32)
 
 
 def test_a_checkpoint_without_its_tokenizers_files_is_refused(checkpoint):
     for file in checkpoint.iterdir():
         if file.name not in ("config.json", "model.safetensors", "tokenizer_config.json"):
             file.unlink()
-    for use in (h.load_checkpoint, look_at_checkpoint):
-        with pytest.raises(ValueError, match="the tokenizer's files are missing|cannot be loaded"):
-            use(str(checkpoint), 32)
+    with pytest.raises(ValueError, match="the tokenizer's files are missing|cannot be loaded"):
+        h.load_checkpoint(str(checkpoint), 32)
 
 
 def test_code_of_a_checkpoint_is_never_run_nor_asked_for(checkpoint, monkeypatch):
@@ -157,9 +152,8 @@ def test_code_of_a_checkpoint_is_never_run_nor_asked_for(checkpoint, monkeypatch
     own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Own"}}
     write_json(checkpoint / "config.json", {**config, **own})
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    for use in (h.load_checkpoint, look_at_checkpoint):
-        with pytest.raises(ValueError, match="cannot be loaded"):
-            use(str(checkpoint), 32)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        h.load_checkpoint(str(checkpoint), 32)
 
 
 def gpt2(size: dict) -> torch.nn.Module:

@@ -1,0 +1,95 @@
+"""A table of the catalogue as text, refused by line where it is not what it should be."""
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from engine.files import one_line
+
+WHOLE = r"\d{1,18}"  # an id, or a row's number
+OTHER_FILES = {b"\x1f\x8b": "compressed by gzip: unpack it", b"PK\x03\x04": "a zip or Excel file: "
+               "unpack it, or save it as text", b"\xd0\xcf\x11\xe0": "an Excel file: save it as "
+               "text", b"\xff\xfe": "in UTF-16: save it in UTF-8", b"\xfe\xff": "in UTF-16: save "
+               "it in UTF-8"}
+
+
+def read_table(path: Path, separator: str, columns: Sequence[str],
+               known: Sequence[str]) -> pd.DataFrame:
+    """A table's columns as texts, "" for a missing one, indexed by its row numbers (texts too).
+
+    ValueError names the line, the row or the column that does not fit. `known` are columns: a file
+    that begins with one of them has lost its row numbers.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({one_line(error)})") from error
+    refuse_other_file(path, content)
+    header, rows = split_rows(path, content.decode("utf-8-sig"), separator)
+    refuse_odd_columns(path, header, separator, columns, known)
+    table = pd.DataFrame(rows, columns=header, dtype=str).set_index(header[0])
+    refuse_odd_rows(path, table)
+    return table[list(columns)]
+
+
+def split_rows(path: Path, text: str, separator: str) -> tuple[list[str], list[list[str]]]:
+    """The fields of a table's first line, and those of each other row; ValueError with the line."""
+    csv.field_size_limit(len(text) + 1)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        header = next(lines, [])
+        rows = [row for row in lines if row]
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {lines.line_num}: {error}; a quotation mark there or above "
+                         "is not closed, or not doubled within a text; get the file again") \
+            from error
+    if not rows:
+        raise ValueError(f"{path} holds no rows; get it again")
+    odd = next((row for row in rows if len(row) != len(header)), None)
+    if odd is not None:
+        raise ValueError(f"{path}: the row that begins with {odd[0][:40]!r} has {len(odd)} fields, "
+                         f"the first line {len(header)}; get the file again")
+    return header, rows
+
+
+def refuse_other_file(path: Path, content: bytes) -> None:
+    """ValueError if a file's bytes are not text in UTF-8, with the line."""
+    for mark, kind in OTHER_FILES.items():
+        if content.startswith(mark):
+            raise ValueError(f"{path} is {kind}")
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path} is no text in UTF-8: line {line} holds the byte "
+                         f"{content[error.start]:#x}; get it again, or save it in UTF-8 (from "
+                         "Windows-1252: iconv -f WINDOWS-1252 -t UTF-8)") from error
+
+
+def refuse_odd_columns(path: Path, header: Sequence[str], separator: str, columns: Sequence[str],
+                       known: Sequence[str]) -> None:
+    """ValueError if a table lacks one of the columns, or begins with one that is `known`."""
+    first = header[0]
+    if first in known:
+        raise ValueError(f"{path} was saved without its row numbers: its first column is "
+                         f"{first!r}; save it with them, or get it again")
+    if missing := [column for column in columns if column not in header]:
+        others = [other for other in ",;\t|" if other in first]
+        hint = f"; is it separated by {others[0]!r} instead of {separator!r}?" if others else ""
+        raise ValueError(f"{path} has no column {', '.join(missing)}; found: "
+                         f"{', '.join(header)}{hint}")
+
+
+def refuse_odd_rows(path: Path, table: pd.DataFrame) -> None:
+    """ValueError if the table's first column does not number its rows."""
+    odd = table.index[~table.index.str.fullmatch(WHOLE)]
+    if len(odd):
+        raise ValueError(f"{path}: its first column holds {odd[0]!r}, which is no row number; get "
+                         "it again")
+    if table.index.has_duplicates:
+        twice = table.index[table.index.duplicated()][0]
+        raise ValueError(f"{path}: the row number {twice} occurs twice; get it again")
