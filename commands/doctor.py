@@ -9,6 +9,7 @@ import dataclasses
 import importlib.metadata
 import platform
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def check_disk(run: Run) -> list[Check]:
               "data/cache": (cache_folder(), pictures, picture_files(run, sizes.rows))}
     checks, needed_on = [], {}
     for name, (folder, need, files) in places.items():
-        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        there = nearest(folder)
         used = min(sum(path.stat().st_size for path in files) / 1e9, need)
         disk = there.stat().st_dev
         needed_on[disk] = needed_on.get(disk, 0) + need - used  # both may lie on the same one
@@ -66,6 +67,28 @@ def check_disk(run: Run) -> list[Check]:
         checks.append(judge(
             f"disk, {name}", found, found * bool(free < needed_on[disk]),
             "make room, name another folder in STUDY_RUNS, or use cache_pictures=False"))
+    return checks
+
+
+def nearest(folder: Path) -> Path:
+    """The folder itself, or the lowest of those above it that is there."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+
+
+def check_places(run: Run) -> list[Check]:
+    """Whether what a run makes can be written."""
+    def write(folder: Path) -> None:
+        with tempfile.TemporaryFile(dir=nearest(folder)) as file:
+            file.write(b"room")
+
+    places = {"STUDY_RUNS": runs_folder, "STUDY_CACHE": cache_folder}
+    checks = []
+    for variable, find in places.items():
+        wrong = fault(find)
+        if not wrong and (why := fault(write, find())):
+            wrong = f"nothing can be written below {find()} ({why})"
+        checks.append(judge(f"place of {variable}", "can be written", wrong,
+                            f"name another folder in {variable}"))
     return checks
 
 
@@ -126,6 +149,7 @@ def check_versions(run: Run) -> list[Check]:
 # Quick checks decide in seconds whether a study can run: of its settings alone, or of its
 # catalogue too. The others are the doctor's.
 CHECKS = {
+    check_places: "settings",
     check_networks: "settings",
     check_weights_here: "settings",
     check_weights_on_hub: "doctor",

@@ -18,7 +18,7 @@ import psutil
 from rich.console import Console
 
 from commands.plan import Job, Step, step_key
-from engine.files import write_json
+from engine.files import make_folder, write_json
 from engine.progress import cores
 
 LOG_SECONDS = 15  # a log gets a line so often, a terminal one line that moves
@@ -105,7 +105,7 @@ def execute_one(step: Step, key: str, label: str, share: str, board: Board) -> d
     """Execute one notebook; its manifest: {key, seconds, peak_memory_gb, stages: {key: name}}."""
     import papermill
 
-    step.output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(step.output.parent, "STUDY_RUNS")
     step.manifest.unlink(missing_ok=True)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine import settings
 from engine.files import hash_file, hash_json, read_json
-from engine.keys import folder_of, info_of, kind_of
+from engine.keys import folder_of, info_of, kind_of, manifest_of
 from engine.runs import Run, open_run
 from engine.settings import FROZEN_STAGES, SPEED_ONLY, SPLITS, STAGES, one_of
 
@@ -146,7 +146,7 @@ def stage_graph(plan: list[Step]) -> dict[Job, list[Job]]:
 def state(step: Step) -> str:
     """"missing", "stale" (made from something else), "damaged", or "done"."""
     done = read_json(step.manifest)
-    if done is None or not step.output.exists():
+    if done is None or not done.keys() >= {"key", "stages"} or not step.output.exists():
         return "missing"
     if done["key"] != step_key(step):
         return "stale"
@@ -206,8 +206,8 @@ def notes_on_versions(plan: list[Step]) -> list[str]:
         for key, name in (read_json(step.manifest) or {}).get("stages", {}).items():
             from engine.stages import other_versions
 
-            path = folder_of(name, key) / "manifest.json"
-            others = other_versions((read_json(path) or {}).get("versions", {}))
+            folder = folder_of(name, key)
+            others = other_versions((manifest_of(folder) or {}).get("versions", {}))
             if others:
-                notes[path.parent.name] = f"{path.parent.name} was made with {others}"
+                notes[folder.name] = f"{folder.name} was made with {others}"
     return list(notes.values())

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.files import read_json
-from engine.keys import folder_of
+from engine.keys import folder_of, manifest_of
 from engine.runs import runs_folder
 
 
@@ -30,7 +30,7 @@ def used_stages() -> set[str]:
         folder = folder_of(name, key)
         if folder.name not in used:
             used.add(folder.name)
-            manifest = read_json(folder / "manifest.json") or {}
+            manifest = manifest_of(folder) or {}
             todo += manifest.get("reads", {}).items()
     return used
 
@@ -47,7 +47,7 @@ def print_disk(console: Console) -> None:
     for folder in stage_folders():
         size = size_of(folder)
         total += size
-        manifest = read_json(folder / "manifest.json") or {}
+        manifest = manifest_of(folder) or {}
         named = "yes" if folder.name.removesuffix(".partial") in used else "no"
         table.add_row(folder.name, manifest.get("run", "not whole"), f"{size / 1e6:,.1f}", named)
     table.add_section()

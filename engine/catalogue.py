@@ -11,7 +11,7 @@ from types import ModuleType
 import pandas as pd
 
 from engine import settings
-from engine.files import file_stats, hash_file, lock_of, read_json
+from engine.files import file_stats, hash_file, lock_of, make_folder, read_json
 from engine.fingerprint import content
 from engine.runs import Run, cache_folder, from_root
 from engine.settings import FIELDS
@@ -91,7 +91,7 @@ def _current_sample(folder: Path) -> Path:
         return written.get("source_sha256") == generator.source_hash()
 
     if not is_current():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent, "STUDY_CACHE")
         with lock_of(folder.with_suffix(".lock")):
             if not is_current():  # another process may have made it meanwhile
                 generator.write_catalogue(folder)

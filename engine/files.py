@@ -6,16 +6,19 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from shutil import disk_usage
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from engine.progress import Progress, cores
 from engine.runs import cache_folder, from_root
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, the limit of a file's size
 
 
 def hash_file(path: Path) -> str:
@@ -125,11 +128,12 @@ def hash_json(value: object) -> str:
 
 
 def read_json(path: Path) -> dict | None:
-    """The file's content; None if it is missing or is not JSON."""
+    """The file's content; None if it is missing or is not a dictionary in JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: of bytes, of JSON
         return None
+    return content if isinstance(content, dict) else None
 
 
 def write_json(path: Path, value: object) -> None:
@@ -141,8 +145,32 @@ def write_json(path: Path, value: object) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text; a stop, or a full disk, leaves the old file."""
     partial_path = path.with_name(f"{path.name}.partial")
-    partial_path.write_text(text, encoding="utf-8")
+    with full_disk_explained(path.parent):
+        partial_path.write_text(text, encoding="utf-8")
     partial_path.replace(path)
+
+
+@contextmanager
+def full_disk_explained(folder: Path) -> Iterator[None]:
+    """Let what fails for want of room say so, in one sentence: each library has its own way."""
+    try:
+        yield
+    except Exception as error:
+        full = getattr(error, "errno", None) in NO_ROOM or any(
+            os.strerror(number) in str(error) for number in NO_ROOM)
+        if not full and disk_usage(folder).free > 100_000:
+            raise
+        raise OSError(f"no room is left for a file in {folder}: make some, and start again; what "
+                      "is whole is kept") from error
+
+
+def make_folder(folder: Path, variable: str) -> None:
+    """Make a folder if it is missing; OSError with the variable that names another place."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{folder} cannot be made ({error.strerror}); name another folder in "
+                      f"{variable}") from error
 
 
 def lock_of(path: Path) -> BaseFileLock:
@@ -172,13 +200,14 @@ def cache_file(name: str, write: Callable[[Path], None]) -> Path:
     path = cache_folder() / name
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, "STUDY_CACHE")
     partial_path = path.with_name(f"{name}.partial")
     with lock_of(path.parent.with_suffix(".lock")):  # stages side by side would all make it
         try:
             partial_path.unlink(missing_ok=True)  # what a kill left takes room
             if not path.exists():
-                write(partial_path)
+                with full_disk_explained(path.parent):
+                    write(partial_path)
                 partial_path.rename(path)
         finally:
             partial_path.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from engine import fingerprint
-from engine.files import hash_json
+from engine.files import hash_json, read_json, write_json
 from engine.runs import Run, runs_folder
 from engine.settings import SPEED_ONLY, StageInfo, stage_info
 
@@ -92,6 +92,18 @@ def one_look() -> Iterator[dict]:
 def folder_of(name: str, key: str) -> Path:
     """Where the stage with this key lies."""
     return runs_folder() / "stages" / f"{name}-{key[:8]}"
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """Write what a stage was made from and how it went, with the hash of all that."""
+    write_json(folder / "manifest.json", manifest | {"sealed": hash_json(manifest)})
+
+
+def manifest_of(folder: Path) -> dict | None:
+    """What `write_manifest` has written; None if it is missing or no longer the same."""
+    manifest = read_json(folder / "manifest.json") or {}
+    sealed = manifest.pop("sealed", "")
+    return manifest if sealed == hash_json(manifest) else None
 
 
 def differences(wanted: dict, made: dict) -> list[str]:

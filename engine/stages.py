@@ -20,7 +20,7 @@ import torch
 from filelock import Timeout
 
 from engine import fingerprint
-from engine.files import hash_file, lock_of, read_json, write_json
+from engine.files import full_disk_explained, hash_file, lock_of, make_folder, read_json, write_json
 from engine.keys import (
     MAKERS,
     TOGETHER,
@@ -29,8 +29,10 @@ from engine.keys import (
     info_of,
     key_of,
     kind_of,
+    manifest_of,
     one_look,
     recipe_of,
+    write_manifest,
 )
 from engine.processes import (
     agreed,
@@ -124,7 +126,8 @@ def _build(run: Run, name: str, key: str, partial: Path) -> None:
         torch.set_num_threads(run.profile.threads)
     token = _READABLE.set(info_of(run, name).reads)
     try:
-        metrics = MAKERS[kind_of(name)](run, name, partial) or {}
+        with full_disk_explained(partial):
+            metrics = MAKERS[kind_of(name)](run, name, partial) or {}
     except BaseException:
         if group().is_main_process and not any(partial.iterdir()):
             partial.rmdir()  # there is nothing to go on from
@@ -138,7 +141,7 @@ def _build(run: Run, name: str, key: str, partial: Path) -> None:
     files = (path for path in sorted(partial.rglob("*")) if path.is_file())
     hashes = {str(path.relative_to(partial)): hash_file(path) for path in files
               if path.name not in UNTIL_WHOLE}
-    write_json(partial / "manifest.json", {
+    write_manifest(partial, {
         **recipe_of(run, name), "key": key, "run": run.name, "metrics": metrics,
         "seconds": round(time.perf_counter() - start, 2),
         "peak_memory_gb": round(peak_memory_gb(), 3), "device": str(device()),
@@ -160,7 +163,7 @@ def _made_once(folder: Path) -> Iterator[None]:
     if not group().is_main_process:
         yield
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent, "STUDY_RUNS")
     lock = lock_of(folder.with_name(f".{folder.name}.lock"))
     line = None
     while not lock.is_locked:
@@ -209,25 +212,25 @@ def read_stage(run: Run, name: str) -> Path:
 
 def read_manifest(run: Run, name: str) -> dict:
     """What stage `name` was made from and how it went, after a check of its files."""
-    return read_json(read_stage(run, name) / "manifest.json")
+    return manifest_of(read_stage(run, name))
 
 
 def check_stage(folder: Path, name: str, key: str) -> dict:
     """A stage's manifest, once its files are those that it lists; DamagedStage if one is not."""
-    manifest = read_json(folder / "manifest.json")
+    manifest = manifest_of(folder)
     remedy = f"delete the folder {folder} and run notebook {stage_info(name, True).notebook} again"
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    if manifest is None:
         raise DamagedStage(f"{folder / 'manifest.json'} is damaged or missing; {remedy}")
-    if manifest.get("key") != key:
-        raise DamagedStage(f"{folder} holds another stage ({manifest.get('stage')} of "
-                           f"{manifest.get('run')}) than its name says; {remedy}")
+    if manifest["key"] != key:
+        raise DamagedStage(f"{folder} holds another stage ({manifest['stage']} of "
+                           f"{manifest['run']}) than its name says; {remedy}")
     for file, digest in manifest["files"].items():
         path = folder / file
         if not path.is_file() or hash_file(path) != digest:
             raise DamagedStage(f"{path} is damaged or missing; {remedy}")
     for left in UNTIL_WHOLE:  # a kill may have left it
         (folder / left).unlink(missing_ok=True)
-    _name_other_versions(str(folder), tuple(manifest.get("versions", {}).items()))
+    _name_other_versions(str(folder), tuple(manifest["versions"].items()))
     return manifest
 
 
@@ -248,8 +251,8 @@ def other_versions(made_with: dict[str, str]) -> str:
 
 def _made_otherwise(run: Run, name: str) -> str:
     """What makes the last one of these stages that is there another; "" if there is none."""
-    others = [read_json(path) for path in runs_folder().glob(f"stages/{name}-*/manifest.json")]
-    others = [other for other in others if other and other.get("stage") == name]
+    others = map(manifest_of, runs_folder().glob(f"stages/{name}-*"))
+    others = [other for other in others if other and other["stage"] == name]
     if not others:
         return ""
     least = min((_unlike(run, name, other) for other in others), key=len)
@@ -262,7 +265,7 @@ def _unlike(run: Run, name: str, made: dict) -> list[str]:
     found = differences(wanted, made)
     for other, key in wanted["reads"].items():
         if (below := made["reads"].get(other)) != key:
-            manifest = read_json(folder_of(other, below or "") / "manifest.json")
+            manifest = manifest_of(folder_of(other, below or ""))
             found += _unlike(run, other, manifest) if manifest else [f"another {other}"]
     return list(dict.fromkeys(found))
 

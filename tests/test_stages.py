@@ -5,11 +5,13 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,9 @@ from PIL import Image
 
 import elsewhere
 import helpers as h
+from commands.doctor import refuse_fatal
 from conftest import ROOT, SMALL, isolate, make_bert, write_ens
-from engine import fingerprint, keys, progress, stages
+from engine import files, fingerprint, keys, progress, stages
 from engine.files import lock_of
 from engine.runs import runs_folder
 from engine.settings import FROZEN_STAGES, SPEED_ONLY, STAGES, TABLE_FUSIONS, setting_names
@@ -372,6 +375,62 @@ def test_build_that_goes_on_finds_what_it_left(run, fake_stage):
     assert sorted(path.name for path in folder.iterdir()) == ["begun.txt", "manifest.json"]
 
 
+@contextmanager
+def room_for(size: int):
+    """Within, the system refuses to write a file beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def write_weights(run, name, folder):
+    h.save_weights(folder / "data", {"weight": torch.ones(100_000)})
+
+
+def write_table(run, name, folder):
+    h.save_table(folder / "data", pd.DataFrame({"number": range(100_000)}))
+
+
+def write_texts(run, name, folder):
+    files.write_text(folder / "data", "words" * 100_000)
+
+
+@pytest.mark.parametrize("maker", [write_weights, write_table, write_texts])
+def test_want_of_room_is_named_and_the_stage_is_made_once_there_is_some(run, fake_stage, maker):
+    """Each library says it in its own way: SafetensorError, or [Errno 28] without a name."""
+    fake_stage("text", maker)
+    with room_for(20_000), pytest.raises(OSError, match="no room is left for a file in .*text-.*: "
+                                         "make some, and start again; what is whole is kept"):
+        h.stage(run, "text")
+    assert kept() == [] or kept()[0].endswith(".partial")
+    folder = h.stage(run, "text")
+    assert sorted(path.name for path in folder.iterdir()) == ["data", "manifest.json"]
+
+
+def test_a_manifest_that_finds_no_room_poisons_nothing(run, fake_stage):
+    fake_stage("text", write_one)
+    with room_for(100), pytest.raises(OSError, match="no room is left for a file in"):
+        h.stage(run, "text")
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        h.read_stage(run, "text")
+    assert number(h.stage(run, "text")) == "1"
+
+
+@pytest.mark.parametrize("variable", ["STUDY_RUNS", "STUDY_CACHE"])
+def test_a_place_where_nothing_can_be_written_is_named_at_once(run, tmp_path, monkeypatch,
+                                                               variable):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv(variable, str(tmp_path / "file" / "place"))
+    with pytest.raises(ValueError, match=f"nothing can be written below .*place.*; name another "
+                                         f"folder in {variable}"):
+        refuse_fatal(run)
+    with pytest.raises(OSError, match=f"cannot be made .*; name another folder in {variable}"):
+        h.stage(run, "splits") if variable == "STUDY_RUNS" else h.cached_pictures(run, 16)
+
+
 MOMENTS = ("before the manifest", "while it is written", "before the renaming", "after it")
 
 
@@ -381,7 +440,7 @@ def kill(*_: object) -> None:
 
 def make_until(moment: str, run: h.Run) -> None:
     """Make the stage camembert_title, and kill this process at a moment of its end."""
-    write_json, rename, replace = stages.write_json, Path.rename, Path.replace
+    write_json, rename, replace = keys.write_json, Path.rename, Path.replace
 
     def write_or_kill(path, value):
         kill() if moment == MOMENTS[0] and path.name == "manifest.json" else write_json(path, value)
@@ -396,7 +455,7 @@ def make_until(moment: str, run: h.Run) -> None:
         kill() if moment == MOMENTS[2] else rename(self, target)
         kill()
 
-    stages.write_json, Path.rename, Path.replace = write_or_kill, rename_or_kill, replace_or_kill
+    keys.write_json, Path.rename, Path.replace = write_or_kill, rename_or_kill, replace_or_kill
     h.stage(run, "camembert_title")
 
 
@@ -564,7 +623,10 @@ def test_damage_that_neither_size_nor_time_shows_is_found_by_the_next_process(ru
 
 @pytest.mark.parametrize("damage", [
     lambda path: path.write_text('{"key": "'), lambda path: path.write_text("[1, 2]"),
-    lambda path: path.write_text("{}"), lambda path: path.write_bytes(b"\xff\xfe"), Path.unlink])
+    lambda path: path.write_text("{}"), lambda path: path.write_bytes(b"\xff\xfe"), Path.unlink,
+    lambda path: path.write_text(re.sub(r'"seconds": \S+', '"seconds": 1.5,', path.read_text())),
+    lambda path: path.write_text(path.read_text().replace('"settings"', '"settinks"')),
+    lambda path: path.write_text(path.read_text().replace('"device": "c', '"device": "d'))])
 def test_damaged_manifest_is_named_and_refused(run, fake_stage, monkeypatch, damage):
     fake_stage("text", write_one)
     folder = h.stage(run, "text")
@@ -580,10 +642,10 @@ def test_damaged_manifest_is_named_and_refused(run, fake_stage, monkeypatch, dam
 def test_other_versions_of_libraries_are_named_and_nothing_is_made_again(run, fake_stage):
     fake_stage("text", write_one)
     folder = h.stage(run, "text")
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = keys.manifest_of(folder)
     ours = manifest["versions"]["torch"]
     manifest["versions"] |= {"torch": "1.13.0", "timm": "0.9.2"}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    keys.write_manifest(folder, manifest)
     with pytest.warns(UserWarning, match=rf"{folder.name} was made with torch 1\.13\.0 \(here "
                                          rf"{re.escape(ours)}\), timm 0\.9\.2 \(here .*\); "
                                          "numbers may differ by rounding"):
