@@ -28,7 +28,6 @@ import gc
 import inspect
 import itertools
 import math
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,7 +65,7 @@ from engine.catalogue import (
     sample_generator,
 )
 from engine.duplicates import chosen_groups
-from engine.files import read_json
+from engine.files import read_json, temporary_folder
 from engine.image_models import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -542,8 +541,8 @@ def build_text_encoder(run: Run, name: str, folder: Path) -> dict:
     training = text[text["part"] == "train"]
     set_seed(run.seed)
     both = [*training["title"], *training["description"]]  # one tokenizer serves both fields
-    with tempfile.TemporaryDirectory() as place:  # for a small tokenizer's files
-        model, tokenizer = load_text_model(run, encoder, both, Path(place))
+    with temporary_folder() as place:  # for a small tokenizer's files
+        model, tokenizer = load_text_model(run, encoder, both, place)
     rows = tokenise(tokenizer, text[field], profile.max_length)
     train, val = (text_rows(rows, text, part) for part in ("train", "val"))
     classifier = Classifier(TextEncoder(model, profile.pooling), model.config.hidden_size,

@@ -7,18 +7,16 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 import psutil
 from rich.console import Console
 
 from commands.plan import Job, Step, step_key
-from engine.files import make_folder, write_json
+from engine.files import make_folder, temporary_folder, write_json
 from engine.progress import cores
 
 LOG_SECONDS = 15  # a log gets a line so often, a terminal one line that moves
@@ -108,12 +106,13 @@ def execute_one(step: Step, key: str, label: str, share: str, board: Board) -> d
     make_folder(step.output.parent, "STUDY_RUNS")
     step.manifest.unlink(missing_ok=True)
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "events"
+    with temporary_folder() as folder:
+        path = folder / "events"
         path.touch()
         with path.open(encoding="utf-8") as lines:
             board.events[label] = (lines, events := [])
             given = {"STUDY_EVENTS": str(path), "STUDY_CORES": share, "OMP_NUM_THREADS": share,
+                     "TMPDIR": str(folder),
                      "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
             first = FIRST_LINE.format(given=given, path=str(path))
             try:
@@ -149,14 +148,14 @@ def cells_without_figure(book: dict) -> str:
 @contextlib.contextmanager
 def own_kernel():
     """Within, the kernel `python3` is this very Python, whatever else is installed as that."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "kernels" / "python3"
+    with temporary_folder() as folder:
+        place = folder / "kernels" / "python3"
         place.mkdir(parents=True)
         words = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         write_json(place / "kernel.json", {"argv": words, "display_name": "Python 3",
                                            "language": "python"})
         before = os.environ.get("JUPYTER_PATH")
-        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (folder, before)))
+        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (str(folder), before)))
         try:
             yield
         finally:

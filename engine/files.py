@@ -5,19 +5,21 @@ import errno
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from shutil import disk_usage
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from engine.progress import Progress, cores
 from engine.runs import cache_folder, from_root
 
+TEMPORARY = "fusion-study-"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, the limit of a file's size
 
 
@@ -158,7 +160,7 @@ def full_disk_explained(folder: Path) -> Iterator[None]:
     except Exception as error:
         full = getattr(error, "errno", None) in NO_ROOM or any(
             os.strerror(number) in str(error) for number in NO_ROOM)
-        if not full and disk_usage(folder).free > 100_000:
+        if not full and shutil.disk_usage(folder).free > 100_000:
             raise
         raise OSError(f"no room is left for a file in {folder}: make some, and start again; what "
                       "is whole is kept") from error
@@ -193,6 +195,20 @@ def lock_of(path: Path) -> BaseFileLock:
                       stacklevel=2)
         return SoftFileLock(soft)
     return lock
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder for the time being, in the system's; those that killed processes left are removed.
+
+    Who holds the lock in a folder lives: the system frees it, however its holder ends.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*"):
+        with suppress(OSError, Timeout), FileLock(left / "alive", timeout=0):
+            shutil.rmtree(left, ignore_errors=True)
+    with (tempfile.TemporaryDirectory(prefix=TEMPORARY, ignore_cleanup_errors=True) as name,
+          FileLock(Path(name) / "alive")):
+        yield Path(name)
 
 
 def cache_file(name: str, write: Callable[[Path], None]) -> Path:

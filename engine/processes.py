@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from datetime import timedelta
@@ -18,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from engine import settings
-from engine.files import read_json
+from engine.files import read_json, temporary_folder
 from engine.progress import Progress, cores
 from engine.runs import Run
 from engine.settings import Profile
@@ -86,13 +85,12 @@ def launch(run: Run, name: str, processes: int) -> None:
     one place where the engine points up, to run.py. They meet by a file, and what listens does so
     on this machine's loopback alone. ChildProcessError with the first that failed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+    with temporary_folder() as place:
         events, log = place / "events", place / "log"
         events.touch()
         share = str(max(1, cores() // processes))
         environment = {
-            "OMP_NUM_THREADS": share, **os.environ, "STUDY_CORES": share,
+            "OMP_NUM_THREADS": share, **os.environ, "STUDY_CORES": share, "TMPDIR": str(place),
             "STUDY_EVENTS": str(events), "STUDY_PARENT": str(os.getpid()),
             "TORCHELASTIC_ERROR_FILE": str(place / "error.json"),
             "STUDY_STORE": str(place / "processes"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
