@@ -8,7 +8,7 @@ PY := .venv/bin/python
 CODE := *.py engine commands tests data
 
 help: ## say what each target does
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s  %s\n", $$1, $$2}' Makefile
 
 study: .venv/installed ## run the whole study on the bundled sample: both splits, tables, report
 	$(PY) run.py study
@@ -24,6 +24,15 @@ lint: .venv/installed ## check the code with ruff
 
 bench: .venv/installed ## measure speed, about half an hour on 2 cores; writes figures/benchmark.csv and .png
 	$(PY) tests/benchmark.py
+
+mutants: .venv/installed ## break lines that decide numbers, one at a time: a test must notice each
+	$(PY) tests/mutants.py
+
+load: .venv/installed ## tables of 84,916 and 1,000,000 rows, fusion and scores of 84,916
+	$(PY) tests/load.py
+
+soak: .venv/installed ## kill a study at random moments, 30 times, and compare the bytes at its end
+	$(PY) tests/soak.py
 
 ray: .venv/ray-installed ## install Ray, for `run.py study --on ray`
 
@@ -88,4 +97,4 @@ done; \
 refuse "$$seen, but 3.11 to 3.14 with ensurepip is needed: install one of these, or name one: $$other"
 endef
 
-.PHONY: help study test quick lint bench ray lab clean same
+.PHONY: help study test quick lint bench mutants load soak ray lab clean same

@@ -126,6 +126,7 @@ from engine.training import (
 )
 from engine.vectors import encode, encode_rows
 
+pd.set_option("display.html.use_mathjax", False)  # a price in a table is no formula
 # The libraries stay for good: without this Python looks through them again and again, and for
 # seconds when a kernel ends. run.py's kernels import them with the collector off.
 gc.freeze()

@@ -16,7 +16,7 @@ import psutil
 from rich.console import Console
 
 from commands.plan import Job, Step, step_key
-from engine.files import make_folder, temporary_folder, write_json
+from engine.files import make_folder, one_line, temporary_folder, write_json
 from engine.progress import cores
 
 LOG_SECONDS = 15  # a log gets a line so often, a terminal one line that moves
@@ -255,6 +255,9 @@ def on_ray():
 
     try:
         yield submit
+    except ray.exceptions.RayError as error:  # of a worker that was killed, or a lost machine
+        raise StepFailed(f"Ray could not end a stage: {one_line(error)} Start again: it goes on "
+                         "from its last checkpoint") from error
     finally:
         ray.shutdown()
 

@@ -64,8 +64,19 @@ def check_catalogue(run: Run) -> list[Check]:
         found = f"{len(rows):,} are set aside: {catalogue.told_rows(rows)}"
         checks += [Check("bad rows", "warning", found, "`set_aside.csv` of stage splits has all")]
     wrong = fault(lambda: h.make_split(chosen_labels(run), run.split, run.seed))
-    return [*checks, judge("rows", f"the {run.protocol} rows can be split {run.split}", wrong,
-                           "choose other rows, or get the tables again")]
+    checks += [judge("rows", f"the {run.protocol} rows can be split {run.split}", wrong,
+                     "choose other rows, or get the tables again")]
+    if not wrong and (lost := lost_codes(run)):
+        checks += [Check("codes of these rows", "warning", f"none of {', '.join(lost)}, which the "
+                         "catalogue has", "use rows='all', or read the scores as of fewer classes")]
+    return checks
+
+
+def lost_codes(run: Run) -> list[str]:
+    """The catalogue's product type codes of which the run has no row."""
+    kept = chosen_products(run)["prdtypecode"]
+    codes = usable_products(run)["prdtypecode"].drop_duplicates().sort_values()
+    return codes[~codes.isin(kept)].astype(str).tolist()
 
 
 def chosen_rows(run: Run) -> pd.DataFrame:

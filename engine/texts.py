@@ -39,8 +39,9 @@ TAG = re.compile(rf"""
 HIDDEN = [(re.compile("<!--"), re.compile("-->")),
           (re.compile(r"<(?:script|style)\b[^<>]*>", re.IGNORECASE),
            re.compile(r"</(?:script|style)\s*>", re.IGNORECASE))]
-# The 32 control characters C1, as Windows meant them: \x92 is an apostrophe.
-WINDOWS = {code: bytes([code]).decode("cp1252", "ignore") or " " for code in range(0x80, 0xA0)}
+# Control characters: the 32 of C1 as Windows meant them (\x92 is an apostrophe), others as blanks.
+WINDOWS = dict.fromkeys([*range(9), *range(14, 32), 127], " ") | {
+    code: bytes([code]).decode("cp1252", "ignore") or " " for code in range(0x80, 0xA0)}
 DECODINGS = 8  # "&amp;amp;eacute;" takes two; a text that needs more is no text
 
 

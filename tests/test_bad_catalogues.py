@@ -14,6 +14,7 @@ from PIL import Image
 
 import helpers as h
 from commands.doctor import refuse_fatal
+from commands.inputs import check_catalogue
 from conftest import tiny_products
 from engine.catalogue import read_catalogue
 from engine.rows import chosen_products
@@ -173,6 +174,17 @@ def test_too_small_classes_are_named_by_rakutens_code(make_run, tiny_ens):
     labels.to_csv(tiny_ens / Y)
     with pytest.raises(ValueError, match=r"needs 3 rows of each class.*: \{2583: 2\}"):
         refuse_fatal(make_run(rows="all"))
+
+
+def test_codes_that_the_chosen_rows_lack_are_told(make_run, tiny_ens):
+    labels = pd.read_csv(tiny_ens / Y, index_col=0)["prdtypecode"]
+    set_cells(tiny_ens / X, dict.fromkeys(labels.index[labels == 2583], ""), "description")
+    found = {check.name: check for check in check_catalogue(make_run())}
+    assert found["codes of these rows"].state == "warning"
+    assert "none of 2583, which the catalogue has" in found["codes of these rows"].found
+    assert "codes of these rows" not in {check.name for check in
+                                         check_catalogue(make_run(rows="all"))}
+    refuse_fatal(make_run())
 
 
 # --- pictures -------------------------------------------------------------------------------------

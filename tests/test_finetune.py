@@ -613,6 +613,6 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
     write_json(tmp_path / "recipe.json", {"old": 1})
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="no room is left for a file in"):
         write_json(tmp_path / "recipe.json", {"new": 2})
     assert read_json(tmp_path / "recipe.json") == {"old": 1}

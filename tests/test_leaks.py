@@ -69,8 +69,9 @@ def fitted(folders: dict) -> dict[str, str]:
             for kind in kinds for path in folder.glob(kind)}
 
 
-def train_losses(folders: dict) -> dict[str, float]:
-    return {name: pd.read_csv(folder / "curve.csv")["train_loss"].tolist()
+def curves(folders: dict, columns: list[str]) -> dict[str, np.ndarray]:
+    """These columns of the learning curves."""
+    return {name: pd.read_csv(folder / "curve.csv")[columns].to_numpy()
             for name, folder in folders.items() if (folder / "curve.csv").exists()}
 
 
@@ -122,7 +123,10 @@ def test_nothing_fitted_knows_the_rows_of_a_part(three, changed):
     before, after = folders[None], folders[changed]
     assert len(fitted(before)) == 2 * 5 + 2 * 6 + 2 + 2  # CamemBERT, FlauBERT, pictures, fusions
     assert differing(fitted(before), fitted(after)) == []
-    assert differing(train_losses(before), train_losses(after)) == []
+    assert differing(curves(before, ["train_loss"]), curves(after, ["train_loss"])) == []
+    scores = ["val_loss", "val_accuracy", "val_macro_f1"]  # by which the best epoch is chosen
+    chosen_by = differing(curves(before, scores), curves(after, scores))
+    assert (chosen_by == []) == (changed == "test")
     for part in PARTS:
         found = differing(rows_of(before, split, part), rows_of(after, split, part))
         everything = rows_of(before, split, part).keys() - {"majority class"}

@@ -1,0 +1,132 @@
+"""Kills of each process of a study, at a moment of its training: no process is left, nothing in the
+temporary folder, and the next start ends in the same bytes.
+"""
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+import elsewhere
+import helpers as h
+from conftest import ROOT, SMALL, isolate, write_ens
+from engine.files import temporary_folder
+from engine.runs import runs_folder
+
+pytestmark = pytest.mark.slow
+SETTINGS = {**SMALL, "text_epochs": 4, "image_epochs": 4, "text_batch": 8, "image_batch": 8,
+            "checkpoint_steps": 1, "cache_pictures": False, "threads": 1}
+STAGES = ("splits", "text", "camembert_title", "seresnext")
+
+
+def command(name: str, *words: str) -> list[str]:
+    settings = [f"--set={key}={value}" for key, value in SETTINGS.items()]
+    return [sys.executable, str(ROOT / "run.py"), name, *words, "--profile", "paper",
+            "--split", "90-10", *settings]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> dict:
+    """What the stages hold if nothing stops them."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        isolate(patch, folder, write_ens(folder / "ens"))
+        return contents(make_all())
+
+
+def make_all() -> h.Run:
+    run = h.open_run("paper", "90-10", 0, SETTINGS)
+    for name in STAGES:
+        h.stage(run, name)
+    return run
+
+
+def contents(run: h.Run) -> dict:
+    return {name: h.read_manifest(run, name)["files"] for name in STAGES}
+
+
+def child_with(words: str, process: psutil.Process) -> psutil.Process | None:
+    """The process below this one whose command line holds these words."""
+    for child in process.children(recursive=True):
+        if words in " ".join(child.cmdline()):
+            return child
+    return None
+
+
+ON_BOTH = ("--only", "03", "--only", "05", "--workers", "2")
+KILLS = {
+    "a notebook's kernel": (("--only", "03"), "ipykernel_launcher", signal.SIGKILL,
+                            "its process was killed, as the system does when memory runs out"),
+    "run.py with a notebook": (("--only", "03"), "", signal.SIGKILL, ""),
+    "run.py with two workers": (ON_BOTH, "", signal.SIGKILL, ""),
+    "run.py with two workers, by SIGTERM": (ON_BOTH, "", signal.SIGTERM, ""),
+    "a worker": (ON_BOTH, "stage camembert_title", signal.SIGKILL, "failed, exit code -9"),
+    "Ray's worker": (("--only", "03", "--on", "ray"), "ray::make", signal.SIGKILL,
+                     "Ray could not end a stage: "),
+}
+
+
+@pytest.mark.parametrize("victim", KILLS)
+def test_a_killed_process_leaves_nothing_and_the_next_start_goes_on(
+        victim, tiny_ens, tmp_path, monkeypatch, uninterrupted):
+    words, name, kind, said = KILLS[victim]
+    isolate(monkeypatch, tmp_path, tiny_ens)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    first = command("stage", "splits", "text")
+    subprocess.run(first, check=True, capture_output=True)
+    study = psutil.Popen(command("study", *words), stdout=subprocess.DEVNULL,
+                         stderr=subprocess.PIPE, text=True)
+    try:
+        trained = "stages/camembert_title-*.partial/checkpoints/checkpoint-*/hashes.json"
+        end = time.monotonic() + 180
+        while not list(runs_folder().glob(trained)):
+            assert study.poll() is None and time.monotonic() < end, study.stderr.read()
+            time.sleep(0.02)
+        below = study.children(recursive=True)
+        found = child_with(name, study) if name else study
+        os.kill(found.pid, kind)
+        _, errors = study.communicate(timeout=180)
+        assert study.returncode not in (0, None)
+        assert said in errors and "Traceback" not in errors, errors
+        _, alive = psutil.wait_procs(below, timeout=30)
+        assert alive == []
+    finally:
+        for left in (study, *study.children(recursive=True)) if study.is_running() else ():
+            left.kill()
+
+    again = subprocess.run(command("stage", *STAGES), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert contents(h.open_run("paper", "90-10", 0, SETTINGS)) == uninterrupted
+    assert not list(runs_folder().glob("stages/*.partial"))
+    assert [path.name for path in temporary.iterdir() if path.name != "ray"] == []
+
+
+def hold(place: Path) -> None:
+    """Make a temporary folder in `place`, and wait to be killed."""
+    tempfile.tempdir = str(place)
+    with temporary_folder() as folder:
+        (folder / "words.txt").write_text("here")
+        time.sleep(600)
+
+
+def test_only_folders_whose_owner_has_ended_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with temporary_folder() as ours:
+        other = tmp_path / "of another program"
+        other.mkdir()
+        owner = elsewhere.start(hold, tmp_path)
+        place = elsewhere.wait_for(lambda: [*tmp_path.glob("*/words.txt")], owner)[0].parent
+        with temporary_folder() as second:
+            assert {*tmp_path.iterdir()} == {ours, second, other, place}
+        owner.kill()
+        assert elsewhere.ended(owner) == -signal.SIGKILL and place.exists()
+        with temporary_folder() as second:
+            assert {*tmp_path.iterdir()} == {ours, second, other}
+    assert [*tmp_path.iterdir()] == [other]
