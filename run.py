@@ -112,12 +112,24 @@ def study(words: argparse.Namespace) -> None:
         if words.profile == "sample" and not words.dry_run:
             beside.submit(make_sample, plan)
         from commands import costs, doctor, execute
-        from commands.report import print_tables, write_page, write_report
-        from engine.progress import cores
+        from commands.report import print_tables, write_report
 
     doctor.refuse_fatal(*plans.runs_of(plan), needs_catalogue=not words.dry_run)
     if words.dry_run:
         return costs.print_costs(console, plans.runs_of(plan))
+    with execute.sole(plans.runs_of(plan)):
+        carry_out(plan, chosen, words)
+        print_tables(plan, console)
+        console.print(f"Report: {write_report(plan)}", highlight=False, soft_wrap=True)
+    return None
+
+
+def carry_out(plan: list[plans.Step], chosen: list[str], words: argparse.Namespace) -> None:
+    """Make the stages side by side where that is asked for, then execute the chosen notebooks."""
+    from commands import execute
+    from commands.report import write_page
+    from engine.progress import cores
+
     steps = [step for step in plan if step.notebook in chosen]
     if words.on == "ray" or words.workers > 1:
         execute.make_stages(plans.stage_graph(steps), words.workers, words.on, console)
@@ -130,9 +142,6 @@ def study(words: argparse.Namespace) -> None:
     at_a_time = min(runs, cores()) if words.profile == "sample" else 1
     execute.execute(plans.step_graph(steps), labels, words.notebooks or at_a_time, console,
                     after=write_page)  # else half a minute at the end
-    print_tables(plan, console)
-    console.print(f"Report: {write_report(plan)}", highlight=False, soft_wrap=True)
-    return None
 
 
 def make_sample(plan: list[plans.Step]) -> None:

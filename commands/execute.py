@@ -8,16 +8,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from graphlib import TopologicalSorter
 
 import psutil
+from filelock import Timeout
 from rich.console import Console
 
 from commands.plan import Job, Step, step_key
-from engine.files import make_folder, one_line, temporary_folder, write_json
+from engine.files import lock_of, make_folder, one_line, temporary_folder, write_json
 from engine.progress import cores
+from engine.runs import Run
 
 LOG_SECONDS = 15  # a log gets a line so often, a terminal one line that moves
 # A kernel's first: what it is told by the environment, and which process it is. Each has its own.
@@ -46,6 +48,23 @@ def run_graph(graph: dict, submit: Callable[[object], Future],
             thing = running.pop(future)
             tell(thing, future.result())
             order.done(thing)
+
+
+@contextlib.contextmanager
+def sole(runs: Iterable[Run]):
+    """Within, no other process makes a study of these runs: both would write the same notebooks.
+
+    StepFailed if one does already. Stages are shared all the same, each made once.
+    """
+    with contextlib.ExitStack() as locks:
+        for run in runs:
+            make_folder(run.folder, "STUDY_RUNS")
+            try:
+                locks.enter_context(lock_of(run.folder / ".study.lock").acquire(timeout=0))
+            except Timeout as error:
+                raise StepFailed(f"another process is at work on {run.folder}: wait for its end, "
+                                 "or choose another split, seed or setting") from error
+        yield
 
 
 # --- notebooks ------------------------------------------------------------------------------------

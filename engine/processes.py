@@ -22,6 +22,9 @@ from engine.progress import Progress, cores
 from engine.runs import Run
 from engine.settings import Profile
 
+# cuBLAS sums in one order (the setting `deterministic`) only if this is there when it starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 
 def group() -> PartialState:
     """The processes that make a stage together: this one alone, or all that torchrun started."""

@@ -157,6 +157,8 @@ class Profile:
     checkpoint_steps: CountOr0 = setting(
         500, "between two checkpoints within an epoch; 0: at its end alone", "steps")
     threads: CountOr0 = setting(0, "of a stage on a CPU; 0: one for each core", "threads")
+    deterministic: bool = setting(
+        False, "the same bits each time on the same GPU, where it can; slower")
     processes: CountOr0 = setting(0, "make one stage together; 0: one for each GPU", "processes")
     loader_workers: Workers = setting(
         -1, "load pictures for fine-tuning; -1: none on a CPU, up to 8 for a GPU", "processes")
@@ -171,8 +173,8 @@ PROFILES = {
     "paper": Profile(),
 }
 # Settings that decide how fast a stage is made and in how much memory, not what it contains.
-SPEED_ONLY = ("gradient_checkpointing", "checkpoint_steps", "threads", "processes",
-              "loader_workers", "cache_pictures")
+SPEED_ONLY = ("gradient_checkpointing", "checkpoint_steps", "threads", "deterministic",
+              "processes", "loader_workers", "cache_pictures")
 PROTOCOL = ("rows", "grouped", "limit", "freeze_encoders")  # settings that name a folder of runs
 TYPES = get_type_hints(Profile, include_extras=True)
 

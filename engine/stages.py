@@ -124,6 +124,8 @@ def _build(run: Run, name: str, key: str, partial: Path) -> None:
     start = time.perf_counter()
     if run.profile.threads:
         torch.set_num_threads(run.profile.threads)
+    # A few operations have no such way, and warn.
+    torch.use_deterministic_algorithms(run.profile.deterministic, warn_only=True)
     token = _READABLE.set(info_of(run, name).reads)
     try:
         with full_disk_explained(partial):
@@ -146,6 +148,7 @@ def _build(run: Run, name: str, key: str, partial: Path) -> None:
         "seconds": round(time.perf_counter() - start, 2),
         "peak_memory_gb": round(peak_memory_gb(), 3), "device": str(device()),
         "threads": torch.get_num_threads(), "processes": group().num_processes,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "python": platform.python_version(), "versions": _versions(), "files": hashes})
 
 

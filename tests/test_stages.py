@@ -419,6 +419,20 @@ def test_a_manifest_that_finds_no_room_poisons_nothing(run, fake_stage):
     assert number(h.stage(run, "text")) == "1"
 
 
+def test_determinism_is_asked_of_torch_and_told_in_the_manifest(make_run, fake_stage):
+    def build(run, name, folder):
+        (folder / "asked.txt").write_text(str(torch.are_deterministic_algorithms_enabled()))
+
+    fake_stage("text", build)
+    for deterministic in (True, False):
+        run = make_run(deterministic=deterministic)
+        folder = h.stage(run, "text")
+        assert (folder / "asked.txt").read_text() == str(deterministic)
+        assert h.read_manifest(run, "text")["deterministic"] == deterministic
+        shutil.rmtree(folder)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
 @pytest.mark.parametrize("variable", ["STUDY_RUNS", "STUDY_CACHE"])
 def test_a_place_where_nothing_can_be_written_is_named_at_once(run, tmp_path, monkeypatch,
                                                                variable):
@@ -762,7 +776,7 @@ REACH = [  # (settings, what is made again)
         "fusion_batch": 8, "fusion_lr": 0.1}.items()),
     ({"bootstrap": 60}, {"scores"}), ({"bad_rows": "set_aside"}, set()),
     ({"gradient_checkpointing": True, "checkpoint_steps": 1, "processes": 3, "loader_workers": 2,
-      "cache_pictures": False, "threads": 2}, set())]
+      "cache_pictures": False, "threads": 2, "deterministic": True}, set())]
 
 
 def test_a_setting_reaches_what_stands_on_it_and_nothing_else(make_run, recipes):

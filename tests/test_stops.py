@@ -14,6 +14,7 @@ import pytest
 
 import elsewhere
 import helpers as h
+from commands import execute
 from conftest import ROOT, SMALL, isolate, write_ens
 from engine.files import temporary_folder
 from engine.runs import runs_folder
@@ -108,6 +109,18 @@ def test_a_killed_process_leaves_nothing_and_the_next_start_goes_on(
     assert [path.name for path in temporary.iterdir() if path.name != "ray"] == []
 
 
+def test_two_studies_of_one_run_at_once_are_refused(make_run):
+    run, other = make_run(), make_run(split="80-20")
+    with execute.sole([run]):
+        said = "another process is at work on .*seed0.*: wait for its end"
+        with pytest.raises(execute.StepFailed, match=said), execute.sole([other, run]):
+            pytest.fail("both are at work")
+        with execute.sole([other]):  # it was given back
+            pass
+    with execute.sole([run, other]):
+        pass
+
+
 def hold(place: Path) -> None:
     """Make a temporary folder in `place`, and wait to be killed."""
     tempfile.tempdir = str(place)
@@ -117,11 +130,11 @@ def hold(place: Path) -> None:
 
 
 def test_only_folders_whose_owner_has_ended_are_removed(tmp_path, monkeypatch):
+    owner = elsewhere.start(hold, tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with temporary_folder() as ours:
         other = tmp_path / "of another program"
         other.mkdir()
-        owner = elsewhere.start(hold, tmp_path)
         place = elsewhere.wait_for(lambda: [*tmp_path.glob("*/words.txt")], owner)[0].parent
         with temporary_folder() as second:
             assert {*tmp_path.iterdir()} == {ours, second, other, place}
