@@ -117,7 +117,7 @@ def study(words: argparse.Namespace) -> None:
     doctor.refuse_fatal(*plans.runs_of(plan), needs_catalogue=not words.dry_run)
     if words.dry_run:
         return costs.print_costs(console, plans.runs_of(plan))
-    with execute.sole(plans.runs_of(plan)):
+    with execute.at_work(plans.runs_of(plan)):
         carry_out(plan, chosen, words)
         print_tables(plan, console)
         console.print(f"Report: {write_report(plan)}", highlight=False, soft_wrap=True)
@@ -132,7 +132,9 @@ def carry_out(plan: list[plans.Step], chosen: list[str], words: argparse.Namespa
 
     steps = [step for step in plan if step.notebook in chosen]
     if words.on == "ray" or words.workers > 1:
-        execute.make_stages(plans.stage_graph(steps), words.workers, words.on, console)
+        from commands.workers import make_stages
+
+        make_stages(plans.stage_graph(steps), words.workers, words.on, console)
     labels = {step: f"[{number:2}/{len(plan)}] {step}" for number, step in enumerate(plan, 1)}
     for step in [] if words.first or words.only else list(steps):
         if plans.state(step) == "done":

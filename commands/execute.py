@@ -1,12 +1,12 @@
-"""Notebooks through papermill, and stages in processes of their own: one loop over futures."""
+"""Notebooks through papermill, in kernels of their own; one loop over futures."""
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
 import json
 import os
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,8 +16,8 @@ import psutil
 from filelock import Timeout
 from rich.console import Console
 
-from commands.plan import Job, Step, step_key
-from engine.files import lock_of, make_folder, one_line, temporary_folder, write_json
+from commands.plan import Step, step_key
+from engine.files import lock_of, make_folder, temporary_folder, write_json
 from engine.progress import cores
 from engine.runs import Run
 
@@ -51,20 +51,40 @@ def run_graph(graph: dict, submit: Callable[[object], Future],
 
 
 @contextlib.contextmanager
-def sole(runs: Iterable[Run]):
+def at_work(runs: Iterable[Run]):
     """Within, no other process makes a study of these runs: both would write the same notebooks.
+    What killed children leave in their temporary folder goes at the end.
 
-    StepFailed if one does already. Stages are shared all the same, each made once.
+    StepFailed if another study is at work. Stages are shared all the same, each made once.
     """
-    with contextlib.ExitStack() as locks:
+    with contextlib.ExitStack() as stack:
         for run in runs:
             make_folder(run.folder, "STUDY_RUNS")
             try:
-                locks.enter_context(lock_of(run.folder / ".study.lock").acquire(timeout=0))
+                stack.enter_context(lock_of(run.folder / ".study.lock").acquire(timeout=0))
             except Timeout as error:
                 raise StepFailed(f"another process is at work on {run.folder}: wait for its end, "
                                  "or choose another split, seed or setting") from error
+        folder = stack.enter_context(temporary_folder())
+        # Ray's sockets need a short path.
+        stack.enter_context(environment(
+            TMPDIR=folder, RAY_TMPDIR=os.environ.get("RAY_TMPDIR", folder.parent)))
+        stack.callback(setattr, tempfile, "tempdir", tempfile.tempdir)
+        tempfile.tempdir = str(folder)
         yield
+
+
+@contextlib.contextmanager
+def environment(**values: object):
+    """Within, these variables are set for processes that are started."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update({name: str(value) for name, value in values.items()})
+    try:
+        yield
+    finally:
+        for name in values:
+            os.environ.pop(name)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 # --- notebooks ------------------------------------------------------------------------------------
@@ -131,7 +151,6 @@ def execute_one(step: Step, key: str, label: str, share: str, board: Board) -> d
         with path.open(encoding="utf-8") as lines:
             board.events[label] = (lines, events := [])
             given = {"STUDY_EVENTS": str(path), "STUDY_CORES": share, "OMP_NUM_THREADS": share,
-                     "TMPDIR": str(folder),
                      "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
             first = FIRST_LINE.format(given=given, path=str(path))
             try:
@@ -173,13 +192,9 @@ def own_kernel():
         words = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         write_json(place / "kernel.json", {"argv": words, "display_name": "Python 3",
                                            "language": "python"})
-        before = os.environ.get("JUPYTER_PATH")
-        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (str(folder), before)))
-        try:
+        others = os.environ.get("JUPYTER_PATH")
+        with environment(JUPYTER_PATH=os.pathsep.join(filter(None, (str(folder), others)))):
             yield
-        finally:
-            os.environ.pop("JUPYTER_PATH")
-            os.environ.update({"JUPYTER_PATH": before} if before else {})
 
 
 def memory_of(pid: int) -> int:
@@ -201,93 +216,3 @@ def describe_failure(step: Step, error: Exception, peak: int) -> str:
     if hasattr(error, "exec_count"):  # papermill's
         where, what = f" in cell [{error.exec_count}]", f"{error.ename}: {error.evalue}"
     return f"{step} failed{where}\n  {what}\n  executed notebook: {step.output}"
-
-
-# --- stages ---------------------------------------------------------------------------------------
-def make_stages(graph: dict[Job, list[Job]], workers: int, on: str, console: Console) -> None:
-    """Make stages in processes of their own, on this machine or on a Ray cluster.
-
-    StepFailed says what went wrong.
-    """
-    def tell(job: Job, result: tuple[float, str]) -> None:
-        seconds, failure = result
-        if failure:
-            raise StepFailed(failure)
-        console.print(f"        {job}  {seconds:.0f} s", highlight=False)
-
-    with (on_ray() if on == "ray" else side_by_side(workers)) as submit:
-        run_graph(graph, submit, tell)
-
-
-@contextlib.contextmanager
-def side_by_side(workers: int):
-    """Gives `submit(job)`: jobs on this machine, `workers` at a time, one GPU each."""
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    gpus = [name for name in visible if name] or list(map(str, range(torch.cuda.device_count())))
-    share, free = str(max(1, cores() // workers)), list(range(workers))
-
-    def make(job: Job) -> tuple[float, str]:
-        worker = free.pop()
-        gpu = {"CUDA_VISIBLE_DEVICES": gpus[worker % len(gpus)]} if gpus else {}
-        try:
-            return run_job(job, {"OMP_NUM_THREADS": share, **os.environ, "STUDY_CORES": share,
-                                 **gpu})
-        finally:
-            free.append(worker)
-
-    pool = ThreadPoolExecutor(workers)
-    try:
-        yield lambda job: pool.submit(make, job)
-    except BaseException as error:
-        print(f"{str(error) or 'stopped'}\nno other stage is started; those that run go on to "
-              "their end", file=sys.stderr)
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
-
-
-@contextlib.contextmanager
-def on_ray():
-    """Gives `submit(job)`: jobs on the Ray cluster of RAY_ADDRESS, or on one that Ray starts here.
-
-    Its machines share this project's folder and the runs folder. Ray decides what runs where.
-    """
-    try:
-        import ray  # an extra: requirements-ray.txt
-    except ImportError as error:
-        raise ValueError("--on ray needs Ray: `make ray` installs it") from error
-    ray.init(log_to_driver=False, configure_logging=False)
-    prefixes = ("STUDY_", "RAKUTEN_", "HF_", "TORCH_HOME", "XDG_CACHE_HOME", "OMP_NUM_THREADS")
-    ours = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
-    gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
-    share = max(1, cpus // gpus) if gpus else 1  # cores beside each GPU
-
-    @ray.remote(max_retries=0, num_cpus=share)
-    def make(job: Job) -> tuple[float, str]:
-        return run_job(job, {**os.environ, **ours, "STUDY_CORES": str(share)})
-
-    def submit(job: Job) -> Future:
-        on_gpu = gpus and job.name not in ("splits", "text", "baselines")
-        return make.options(num_gpus=1 if on_gpu else 0).remote(job).future()
-
-    try:
-        yield submit
-    except ray.exceptions.RayError as error:  # of a worker that was killed, or a lost machine
-        raise StepFailed(f"Ray could not end a stage: {one_line(error)} Start again: it goes on "
-                         "from its last checkpoint") from error
-    finally:
-        ray.shutdown()
-
-
-def run_job(job: Job, environment: dict[str, str]) -> tuple[float, str]:
-    """Run the job's command to its end: its seconds, and what went wrong, "" if nothing did."""
-    start = time.perf_counter()
-    ended = subprocess.run(job.command, env={**environment, "STUDY_PARENT": str(os.getpid())},
-                           text=True, capture_output=True)
-    seconds = time.perf_counter() - start
-    if not ended.returncode:
-        return seconds, ""
-    last = ended.stderr.splitlines()[-20:]
-    return seconds, "\n  ".join([f"{job} failed, exit code {ended.returncode}", *last])

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import elsewhere
 import helpers as h
-from commands import execute
+from commands import execute, workers
 from commands.plan import (
     Job,
     Step,
@@ -240,7 +240,7 @@ def test_the_graph_names_what_each_stage_reads():
 
 def test_two_workers_make_what_is_made_one_after_another(make_run, one_after_another, monkeypatch):
     run = make_run(**ALONE)
-    spans, run_job = {}, execute.run_job
+    spans, run_job = {}, workers.run_job
 
     def timed(job: Job, environment: dict) -> tuple[float, str]:
         start = time.monotonic()
@@ -248,8 +248,8 @@ def test_two_workers_make_what_is_made_one_after_another(make_run, one_after_ano
         spans[job.name] = (start, time.monotonic())
         return result
 
-    monkeypatch.setattr(execute, "run_job", timed)
-    execute.make_stages(graph_of(run), 2, "here", Console())
+    monkeypatch.setattr(workers, "run_job", timed)
+    workers.make_stages(graph_of(run), 2, "here", Console())
     assert contents(run) == one_after_another
     assert spans["camembert_title"][0] > spans["text"][1]
     assert spans["image_whole"][0] > spans["seresnext"][1]
@@ -259,7 +259,7 @@ def test_two_workers_make_what_is_made_one_after_another(make_run, one_after_ano
 
 def test_ray_makes_what_is_made_one_after_another(make_run, one_after_another):
     run = make_run(**ALONE)
-    execute.make_stages(graph_of(run), 1, "ray", Console())
+    workers.make_stages(graph_of(run), 1, "ray", Console())
     assert contents(run) == one_after_another
 
 
@@ -270,7 +270,7 @@ def test_a_failing_stage_stops_those_that_wait_for_it(make_run, on):
              if "image" not in job.name and job.name != "seresnext"}
     with pytest.raises(execute.StepFailed, match="exit code 1\n.*text checkpoint 'nobody/nothing' "
                                                  "cannot be loaded"):
-        execute.make_stages(graph, 2, on, Console())
+        workers.make_stages(graph, 2, on, Console())
     assert h.read_stage(run, "text").exists()
     assert not list(runs_folder().glob("stages/camembert_*/manifest.json"))
 
