@@ -246,8 +246,8 @@ def picture_paths(places: Sequence[Path], names: Sequence[str]) -> list[str]:
     folders = [folder for place in places for folder in (place, place / place.name)]
     best, there = next((folder for folder in folders if folder.is_dir()), places[0]), {}
     for folder in filter(Path.is_dir, folders):
-        files = {file.stem.lower(): file.name for file in map(Path, sorted(os.listdir(folder)))
-                 if file.suffix.lower() in (".jpg", ".jpeg")}
+        files = {file.rpartition(".")[0].lower(): file for file in sorted(os.listdir(folder))
+                 if file.lower().endswith((".jpg", ".jpeg"))}
         found = {name: files[name] for name in names if name in files}
         if len(found) > len(there):
             best, there = folder, found

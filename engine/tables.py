@@ -10,7 +10,7 @@ import pandas as pd
 
 from engine.files import one_line
 
-WHOLE = r"\d{1,18}"  # an id, or a row's number
+WHOLE = r"(?:0|[1-9][0-9]{0,17})"  # an id, or a row's number
 OTHER_FILES = {b"\x1f\x8b": "compressed by gzip: unpack it", b"PK\x03\x04": "a zip or Excel file: "
                "unpack it, or save it as text", b"\xd0\xcf\x11\xe0": "an Excel file: save it as "
                "text", b"\xff\xfe": "in UTF-16: save it in UTF-8", b"\xfe\xff": "in UTF-16: save "
