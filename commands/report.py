@@ -53,7 +53,8 @@ def print_tables(plan: list[Step], console: Console) -> None:
         console.print(shown)
 
 
-REPORT = jinja2.Template("""<!doctype html><html lang="en"><meta charset="utf-8">
+REPORT = jinja2.Environment(autoescape=True).from_string(
+    """<!doctype html><html lang="en"><meta charset="utf-8">
 <title>{{ title }}</title><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
   color: #222 }
@@ -63,11 +64,15 @@ th:first-child, td:first-child { text-align: left } thead { border-bottom: 2px s
 tbody tr { border-bottom: 1px solid #ddd } img { max-width: 100% } figure { margin: 2rem 0 }
 figcaption { color: #666 }
 </style><h1>{{ title }}</h1><p>{{ note }}</p>
-{% for heading, table in tables %}<h2>{{ heading }}</h2>{{ table }}{% endfor %}
-<h2>Notebooks</h2>{{ steps }}
+{% for heading, table in tables %}<h2>{{ heading }}</h2>{{ table|safe }}{% endfor %}
+<h2>Notebooks</h2>{{ steps|safe }}
 <h2>Figures</h2>{% for name, path in figures %}<figure><img src="{{ path }}" alt="{{ name }}">
 <figcaption>{{ name }}</figcaption></figure>{% endfor %}</html>
 """)
+
+
+# nbconvert gives code in Markdown, as `h.show` prints it, the letters of running text.
+CODE_STYLE = "<style>.jp-RenderedMarkdown pre { font: 13px/1.35 monospace }</style>"
 
 
 def report_folder(run: Run) -> Path:
@@ -106,7 +111,7 @@ def write_page(step: Step) -> Path:
     if not page.exists() or page.stat().st_mtime < step.output.stat().st_mtime:
         text, _ = HTMLExporter().from_filename(str(step.output))
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(page, text)
+        write_text(page, text.replace("</head>", f"{CODE_STYLE}</head>", 1))
     return page
 
 
