@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from mutants import MUTANTS
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 ROOMS = {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8")
@@ -457,3 +459,11 @@ def test_every_file_in_backticks_in_the_readme_exists():
                if not path.startswith((*made, *stages)) and not (ROOT / path).exists()
                and f'"{path}"' not in written]
     assert paths and stages and missing == []
+
+
+# --- mutants --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.file}: {mutant.old[:40]}")
+def test_a_mutant_changes_one_place_and_its_tests_are_there(mutant):
+    assert (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old) == 1
+    files = [word for word in mutant.tests.split() if word.endswith(".py")]
+    assert files and all((ROOT / "tests" / file).is_file() for file in files)
