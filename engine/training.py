@@ -31,6 +31,7 @@ from transformers import (
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from engine.checkpoints import is_trained, last_checkpoint, seal_checkpoint, seal_training
+from engine.files import read_json
 from engine.processes import device, group, wait_for_file
 from engine.progress import Progress, cores
 from engine.settings import Profile
@@ -114,10 +115,26 @@ class StudyTrainer(Trainer):
     def go_on(self) -> pd.DataFrame:
         """Train to the end, from the newest whole checkpoint if there is one; the curve."""
         rows = self.args.per_device_train_batch_size
-        half = self.args.fp16
+        last = last_checkpoint(Path(self.args.output_dir), half=self.args.fp16)
+        if last and (history := ended_early(Path(last), self.model)):
+            return learning_curve(history)
         with memory_explained(rows):
-            self.train(resume_from_checkpoint=last_checkpoint(Path(self.args.output_dir), half))
+            self.train(resume_from_checkpoint=last)
         return learning_curve(self.state.log_history)
+
+
+def ended_early(checkpoint: Path, model: nn.Module) -> list[dict]:
+    """The log of a training that early stopping had ended at this checkpoint, with its best
+    weights in `model`; [] if it had not. The Trainer would train one epoch more.
+    """
+    state = read_json(checkpoint / "trainer_state.json")
+    waited = state["stateful_callbacks"].get("EarlyStoppingCallback")
+    if not waited or (waited["attributes"]["early_stopping_patience_counter"]
+                      < waited["args"]["early_stopping_patience"]):
+        return []
+    best = checkpoint.with_name(Path(state["best_model_checkpoint"]).name)
+    model.load_state_dict(load_file(best / "model.safetensors"))
+    return state["log_history"]
 
 
 class StudyCallback(TrainerCallback):

@@ -299,6 +299,25 @@ def test_early_stopping_has_waited_as_long_after_a_stop(tmp_path, monkeypatch, s
     assert_frame_equal(train(tmp_path, **how)[1], whole, rtol=1e-6)
 
 
+@pytest.mark.slow
+def test_a_training_that_stopped_early_is_over_after_a_stop_too(tmp_path, monkeypatch):
+    how = {"noise": 2.5, "lr": 1.5, "epochs": 12, "early_stopping": 2, "seed": 0}
+    model, whole, _ = train(tmp_path / "whole", **how)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(StudyCallback, "on_train_end", stop_now)  # its last checkpoint is whole
+        train(tmp_path / "stopped", **how)
+    steps = steps_at("on_step_end", monkeypatch)
+    again, curve, _ = train(tmp_path / "stopped", **how)
+    assert steps == [] and len(curve) < 12
+    assert_frame_equal(curve, whole)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight)
+
+
+def stop_now(*args: object, **more: object) -> None:
+    raise Killed
+
+
 def test_batch_that_fits_no_memory_is_encoded_by_halves():
     class Full(Identity):
         def forward(self, points):

@@ -25,9 +25,9 @@ SETTINGS = {**SMALL, "text_epochs": 4, "image_epochs": 4, "text_batch": 8, "imag
 STAGES = ("splits", "text", "camembert_title", "seresnext")
 
 
-def command(name: str, *words: str) -> list[str]:
+def study_of(*words: str) -> list[str]:
     settings = [f"--set={key}={value}" for key, value in SETTINGS.items()]
-    return [sys.executable, str(ROOT / "run.py"), name, *words, "--profile", "paper",
+    return [sys.executable, str(ROOT / "run.py"), "study", *words, "--profile", "paper",
             "--split", "90-10", *settings]
 
 
@@ -37,12 +37,13 @@ def uninterrupted(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
         isolate(patch, folder, write_ens(folder / "ens"))
-        return contents(make_all())
+        return contents(make(*STAGES))
 
 
-def make_all() -> h.Run:
+def make(*names: str) -> h.Run:
+    """Make stages in this process."""
     run = h.open_run("paper", "90-10", 0, SETTINGS)
-    for name in STAGES:
+    for name in names:
         h.stage(run, name)
     return run
 
@@ -81,9 +82,8 @@ def test_a_killed_process_leaves_nothing_and_the_next_start_goes_on(
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")  # its sockets need a short path
-    first = command("stage", "splits", "text")
-    subprocess.run(first, check=True, capture_output=True)
-    study = psutil.Popen(command("study", *words), stdout=subprocess.DEVNULL,
+    make("splits", "text")
+    study = psutil.Popen(study_of(*words), stdout=subprocess.DEVNULL,
                          stderr=subprocess.PIPE, text=True)
     try:
         trained = "stages/camembert_title-*.partial/checkpoints/checkpoint-*/hashes.json"
@@ -103,9 +103,8 @@ def test_a_killed_process_leaves_nothing_and_the_next_start_goes_on(
         for left in (study, *study.children(recursive=True)) if study.is_running() else ():
             left.kill()
 
-    again = subprocess.run(command("stage", *STAGES), capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert contents(h.open_run("paper", "90-10", 0, SETTINGS)) == uninterrupted
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    assert contents(make(*STAGES)) == uninterrupted
     assert not list(runs_folder().glob("stages/*.partial"))
     assert [*temporary.iterdir()] == []
 
