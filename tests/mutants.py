@@ -6,10 +6,10 @@ first fails. What lives is printed, and the exit code is 1.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +21,14 @@ ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("helpers.py", "run.py", "pyproject.toml", "README.md", "requirements.txt", "engine",
           "commands", "tests", "data/rakuten_classes.csv", "data/published_results.csv",
           "data/sample_catalogue.py", "data/sample_words.toml", "notebooks")
+
+
+# The libraries are imported once, in a process that splits itself for each mutant.
+SERVER = multiprocessing.get_context("forkserver")
+LIBRARIES = ["timm", "torchvision.transforms.v2", "transformers.trainer", "pretrainedmodels",
+             "transformers.models.camembert.modeling_camembert", "seaborn", "scipy.stats",
+             "transformers.models.flaubert.modeling_flaubert", "sklearn.linear_model", "papermill",
+             "sklearn.feature_extraction.text", "hypothesis", "nltk", "joblib", "sentencepiece"]
 
 
 @dataclass(frozen=True)
@@ -208,14 +216,26 @@ def is_killed(mutant: Mutant | None, tests: str) -> bool:
         copy_with(mutant, Path(folder))
         words = [word if not word.endswith(".py") else f"tests/{word}"
                  for word in shlex.split(tests)]
-        ended = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:xdist", "-p", "no:cacheprovider",
-             "--basetemp", f"{folder}/pytest", *words], cwd=folder, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"})
-        if ended.returncode not in (0, 1):
-            raise RuntimeError(f"pytest ended with {ended.returncode}: {ended.stdout[-2000:]}")
-        return ended.returncode == 1
+        process = SERVER.Process(target=run_tests, args=(folder, words))
+        process.start()
+        process.join()
+        if process.exitcode not in (0, 1):
+            said = (Path(folder) / "said").read_text()[-2000:]
+            raise RuntimeError(f"pytest ended with {process.exitcode}: {said}")
+        return process.exitcode == 1
+
+
+def run_tests(folder: str, words: list[str]) -> None:
+    """Run tests in a copy of the project, in this new process, until the first fails."""
+    import pytest
+
+    os.chdir(folder)
+    said = os.open("said", os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(said, stream)
+    sys.path = [path for path in sys.path if Path(path).resolve() != ROOT / "tests"]
+    sys.exit(int(pytest.main(["-x", "-q", "-p", "no:xdist", "-p", "no:cacheprovider",
+                              "--rootdir", ".", "--basetemp", f"{folder}/pytest", *words])))
 
 
 def main() -> int:
@@ -224,6 +244,8 @@ def main() -> int:
     words.add_argument("--at-a-time", type=int, default=2)
     chosen = words.parse_args()
     mutants = [mutant for mutant in MUTANTS if chosen.only in f"{mutant.file} {mutant.old}"]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    SERVER.set_forkserver_preload(LIBRARIES)
     start, alive = time.monotonic(), []
     with ThreadPoolExecutor(chosen.at_a_time) as pool:
         sound = {tests: pool.submit(is_killed, None, tests)
