@@ -105,7 +105,8 @@ def test_a_killed_process_leaves_nothing_and_the_next_start_goes_on(
 
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     assert contents(make(*STAGES)) == uninterrupted
-    assert not list(runs_folder().glob("stages/*.partial"))
+    left = {path.name.partition("-")[0] for path in runs_folder().glob("stages/*.partial")}
+    assert not left & {*STAGES}  # other stages may wait for their next start
     assert [*temporary.iterdir()] == []
 
 
