@@ -2,6 +2,7 @@
 stage depends on what it is given of the catalogue, and on nothing else there.
 """
 import re
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -340,3 +341,22 @@ def test_a_table_whose_rows_are_not_numbered_is_refused(tiny_ens, change, said):
     for load in (h.load_catalogue, catalogue.load_test_products):
         with pytest.raises(ValueError, match=f"_update.csv.* {said}"):
             load(tiny_ens)
+
+
+def test_a_limit_gives_seats_by_sainte_lague(make_run):
+    """By hand: 60, 25 and 15 rows, 11 of them. 6.6, 2.75 and 1.65 are their shares; each has 3 at
+    least, then the quotients by 3.5, 4.5, ... decide: 60/3.5 and 60/4.5 come first.
+    """
+    products = pd.DataFrame({"product_id": range(100), "description": "mot",
+                             "label_id": [0] * 60 + [1] * 25 + [2] * 15})
+    for limit, expected in ((11, [5, 3, 3]), (20, [12, 5, 3]), (38, [23, 9, 6])):
+        kept = h.select_rows(products, "all", limit)["label_id"].value_counts().sort_index()
+        assert kept.tolist() == expected, limit
+
+
+def test_the_folder_with_most_of_the_pictures_is_theirs(tiny_ens):
+    other = tiny_ens / "image_train"
+    shutil.copytree(tiny_ens / "images" / "image_train", other)
+    for path in sorted((tiny_ens / "images" / "image_train").iterdir())[1:]:
+        path.unlink()
+    assert {Path(path).parent for path in h.load_catalogue(tiny_ens)["picture"]} == {other}

@@ -149,3 +149,26 @@ def test_failure_leaves_no_cache_behind(make_run):
     with pytest.raises(ValueError, match="cannot be read"):
         h.chosen_groups(run)
     assert list(cache_folder().glob("groups-*")) == []
+
+
+def test_numbers_count_in_texts_of_fewer_than_eight_words():
+    assert duplicates.text_key("le beau tome numéro 3") != duplicates.text_key(
+        "le beau tome numéro 4")
+    seven, eight = ("un deux trois quatre cinq six sept", "un deux trois quatre cinq six sept huit")
+    assert duplicates.text_key(f"{seven} 3") != duplicates.text_key(f"{seven} 4")
+    assert duplicates.text_key(f"{eight} 3") == duplicates.text_key(f"{eight} 4")
+
+
+def test_half_of_a_pictures_signs_are_above_their_median(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    assert (duplicates.picture_signs(tmp_path / "noise.png") > 0).sum() == 128
+
+
+def test_near_pictures_are_linked_and_others_not():
+    signs = np.where(np.random.default_rng(0).random((3, 256)) < 0.5, 1, -1).astype(np.int8)
+    signs[1] = signs[0]
+    signs[1, :16] *= -1  # 16 signs differ: near
+    titles = {"title": ["un livre", "une table", "une lampe"], "description": ["", "", ""]}
+    groups = duplicates.duplicate_groups(pd.DataFrame(titles), signs)
+    assert groups[0] == groups[1] != groups[2]

@@ -27,6 +27,7 @@ from engine.training import (
     EpochSampler,
     RowDataset,
     StudyCallback,
+    learning_curve,
     memory_explained,
     rows_at_a_time,
     training_arguments,
@@ -635,3 +636,15 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no room is left for a file in"):
         write_json(tmp_path / "recipe.json", {"new": 2})
     assert read_json(tmp_path / "recipe.json") == {"old": 1}
+
+
+def test_gradients_are_clipped_at_1_and_the_rate_falls_linearly(tmp_path):
+    arguments = training_arguments(make_profile("sample"), tmp_path, 8, 8)
+    assert arguments.max_grad_norm == 1.0 and arguments.lr_scheduler_type == "linear"
+
+
+def test_an_epochs_loss_is_the_mean_of_its_own_steps():
+    scores = {"eval_cross_entropy": 1.0, "eval_accuracy": 0.5, "eval_macro_f1": 0.4}
+    history = [{"loss": 3.0, "step": 2}, {"loss": 1.0, "step": 4}, {**scores, "step": 4},
+               {"loss": 0.5, "step": 8}, {**scores, "step": 8}]
+    assert learning_curve(history)["train_loss"].tolist() == [2.0, 0.5]

@@ -188,3 +188,9 @@ def test_class_whose_rows_are_all_copies_is_kept_for_training_or_named(products)
     places = [place % 4 for place in range(len(products))]
     with pytest.raises(ValueError, match="4 groups of duplicates.*5 folds.*grouped=False"):
         h.make_split(products, "80-20", 0, places)
+
+
+def test_the_seed_decides_a_grouped_split(products):
+    groups = products["product_id"].to_numpy() // 2
+    first, second = (h.make_split(products, "80-20", seed, groups) for seed in (0, 1))
+    assert (first["part"] != second["part"]).any()

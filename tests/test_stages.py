@@ -22,9 +22,10 @@ from PIL import Image
 
 import elsewhere
 import helpers as h
+from commands import plan
 from commands.doctor import refuse_fatal
 from conftest import ROOT, SMALL, isolate, make_bert, write_ens
-from engine import files, fingerprint, keys, progress, stages
+from engine import catalogue, files, fingerprint, keys, progress, stages
 from engine.files import lock_of
 from engine.runs import runs_folder
 from engine.settings import FROZEN_STAGES, SPEED_ONLY, STAGES, TABLE_FUSIONS, setting_names
@@ -894,3 +895,12 @@ def test_a_file_system_without_locks_is_named_and_gone_on_with(run, monkeypatch,
     with pytest.warns(UserWarning, match="without locks"), ThreadPoolExecutor(3) as pool:
         list(pool.map(enter, range(3)))
     assert most == [1, 1, 1]
+
+
+def test_the_table_of_classes_counts_in_a_notebooks_key(run, tmp_path, monkeypatch):
+    before = plan.catalogue_hash(run)
+    (tmp_path / "classes.csv").write_text(catalogue.CLASSES.read_text() + " ")
+    monkeypatch.setattr(catalogue, "CLASSES", tmp_path / "classes.csv")
+    plan.catalogue_hash.cache_clear()
+    assert plan.catalogue_hash(run) != before
+    plan.catalogue_hash.cache_clear()

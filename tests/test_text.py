@@ -381,3 +381,9 @@ def test_small_model_follows_the_settings(text_models, encoder):
     assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (16, 2, 200)
     longest = torch.full((1, 32), 20)
     assert states_of(text_models[encoder], longest).shape == (1, 32, 16)
+
+
+def test_tfidf_reads_pairs_of_words():
+    train, labels = ["table rouge"] * 5 + ["rouge table"] * 5, [3] * 5 + [7] * 5
+    found = h.tfidf_baseline(train, labels, ["table rouge", "rouge table"])
+    assert found.argmax(1).tolist() == [3, 7] and found.max(1).min() > 0.6
