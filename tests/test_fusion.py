@@ -364,3 +364,41 @@ def test_setting_standardise_reaches_the_variants(featured):
     run, _ = featured(standardise=False)
     saved = load_file(h.stage(run, "fusion-add-add") / "model.safetensors")
     assert (saved["mean_P"] == 0).all() and (saved["std_P"] == 1).all()
+
+
+def test_a_column_that_hardly_varies_is_only_centred():
+    x = {name: torch.zeros(6, 8) for name in ("T_c", "D_c", "T_f", "D_f", "P")}
+    x["P"][:, 0] = torch.tensor([0, 1, 0, 1, 0, 1]) * 1e-8
+    x["P"][:, 1] = torch.tensor([0, 1, 0, 1, 0, 1]) * 4.0
+    model = h.HierarchicalFusion(dict.fromkeys(x, 8), h.named_variant("concat-add"))
+    model.fit_scale(x)
+    assert model.std_P[0] == 1 and model.std_P[1] == pytest.approx(x["P"][:, 1].std().item())
+
+
+def test_a_step_forgets_the_gradient_of_the_one_before():
+    layer = torch.nn.Linear(3, 2)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return layer(x)
+
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-4)
+    batch, labels, moved = {"x": torch.ones(4, 3)}, torch.tensor([0, 0, 0, 1]), []
+    for _ in range(2):
+        before = layer.weight.detach().clone()
+        h.train_step(model, optimizer, batch, labels)
+        moved.append((layer.weight.detach() - before).norm().item())
+    assert moved[1] == pytest.approx(moved[0], rel=0.01)
+
+
+def test_fusion_draws_its_rows_in_another_order_each_epoch(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(h, "train_step", lambda model, optimizer, batch, labels:
+                        drawn.append(batch["P"][:, 0].tolist()) or 0.0)
+    x = {name: torch.randn(20, 8) for name in ("T_c", "D_c", "T_f", "D_f", "P")}
+    x["P"][:, 0] = torch.arange(20)
+    model = h.HierarchicalFusion(dict.fromkeys(x, 8), h.named_variant("concat-add"))
+    h.train_fusion(model, x, torch.arange(20) % 3, torch.arange(16), torch.arange(16, 20),
+                   epochs=2, batch=4, lr=0.1, seed=0, label="test")
+    first, second = np.array(drawn).reshape(2, 16).astype(int).tolist()
+    assert sorted(first) == sorted(second) == list(range(16))
+    assert first != sorted(first) and first != second

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
+import pandas as pd
 import pretrainedmodels
 import pytest
 import timm
@@ -400,3 +401,17 @@ def test_reading_of_regions_does_not_train_the_encoder_again(make_run):
         assert key_of(other, "seresnext") == key_of(tiles, "seresnext")
         assert key_of(other, "image_regions") != key_of(tiles, "image_regions")
     assert not {"grid", "regions"} & recipe_of(tiles, "seresnext")["settings"].keys()
+
+
+def test_only_training_pictures_are_augmented():
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16)).astype(np.uint8)
+    split = pd.DataFrame({"part": ["train", "val", "val", "train"], "label_id": [1, 2, 3, 4]})
+    val = h.picture_rows(pictures, split, "val", 16, 0)
+    assert [int(val[i]["labels"]) for i in range(2)] == [2, 3]
+    assert all((val[i]["pixels"].numpy() == pictures[i + 1]).all() for i in range(2))
+    train = h.picture_rows(pictures, split, "train", 16, 0)
+    assert not (train[0]["pixels"].numpy() == pictures[0]).all()
+
+
+def test_imagenets_mean_and_deviation_are_the_published_ones():
+    assert h.IMAGENET_MEAN == (0.485, 0.456, 0.406) and h.IMAGENET_STD == (0.229, 0.224, 0.225)

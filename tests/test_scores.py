@@ -288,3 +288,16 @@ def test_chain_ends_in_the_test_parts_scores(make_run):
     described = h.describe_stages(run, "splits", "seresnext", "scores")
     assert described["stage"].tolist() == ["splits", "seresnext", "scores"]
     assert (described["seconds"] >= 0).all()
+
+
+def test_the_picture_encoder_alone_is_scored_on_whole_pictures(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(h, "read_stage", lambda run, name: tmp_path / name)
+    features = {name: torch.randn(4, 8) for name in ("image_whole", "image_regions")}
+    for name, rows in features.items():
+        (tmp_path / name).mkdir()
+        h.save_tensors(tmp_path / name / "features.safetensors", [1, 2, 3, 4], features=rows)
+    (tmp_path / "seresnext").mkdir()
+    h.save_weights(tmp_path / "seresnext" / "head.safetensors", torch.nn.Linear(8, 27).state_dict())
+    found = h.encoder_probabilities(run, "seresnext", [1, 2, 3, 4])
+    expected = h.head_probabilities(tmp_path / "seresnext", features["image_whole"])
+    assert torch.equal(found, expected)
