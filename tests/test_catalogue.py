@@ -343,13 +343,13 @@ def test_a_table_whose_rows_are_not_numbered_is_refused(tiny_ens, change, said):
             load(tiny_ens)
 
 
-def test_a_limit_gives_seats_by_sainte_lague(make_run):
-    """By hand: 60, 25 and 15 rows, 11 of them. 6.6, 2.75 and 1.65 are their shares; each has 3 at
-    least, then the quotients by 3.5, 4.5, ... decide: 60/3.5 and 60/4.5 come first.
+def test_a_limit_gives_seats_by_sainte_lague():
+    """By hand: of 60, 25 and 15 rows 15 are kept, 3 of each and then by the largest quotients. The
+    last is 25/3.5 = 7.14, before 60/8.5 = 7.06; D'Hondt's would be 60/9, before 25/4.
     """
     products = pd.DataFrame({"product_id": range(100), "description": "mot",
                              "label_id": [0] * 60 + [1] * 25 + [2] * 15})
-    for limit, expected in ((11, [5, 3, 3]), (20, [12, 5, 3]), (38, [23, 9, 6])):
+    for limit, expected in ((11, [5, 3, 3]), (15, [8, 4, 3]), (22, [13, 6, 3])):
         kept = h.select_rows(products, "all", limit)["label_id"].value_counts().sort_index()
         assert kept.tolist() == expected, limit
 
