@@ -66,17 +66,16 @@ def check_catalogue(run: Run) -> list[Check]:
     wrong = fault(lambda: h.make_split(chosen_labels(run), run.split, run.seed))
     checks += [judge("rows", f"the {run.protocol} rows can be split {run.split}", wrong,
                      "choose other rows, or get the tables again")]
-    if not wrong and (lost := lost_codes(run)):
+    codes = usable_products(run)["prdtypecode"].drop_duplicates().sort_values()
+    if not wrong and (lost := absent_codes(codes, chosen_products(run))):
         checks += [Check("codes of these rows", "warning", f"none of {', '.join(lost)}, which the "
                          "catalogue has", "use rows='all', or read the scores as of fewer classes")]
     return checks
 
 
-def lost_codes(run: Run) -> list[str]:
-    """The catalogue's product type codes of which the run has no row."""
-    kept = chosen_products(run)["prdtypecode"]
-    codes = usable_products(run)["prdtypecode"].drop_duplicates().sort_values()
-    return codes[~codes.isin(kept)].astype(str).tolist()
+def absent_codes(codes: pd.Series, products: pd.DataFrame) -> list[str]:
+    """Those of these product type codes of which there is no product."""
+    return codes[~codes.isin(products["prdtypecode"])].astype(str).tolist()
 
 
 def chosen_rows(run: Run) -> pd.DataFrame:
@@ -104,8 +103,7 @@ def check_rows(products: pd.DataFrame, public: bool) -> list[Check]:
         told += (f" (public: {NOT_MISSING:,}; data/rakuten_classes.csv sums to {NOT_BLANK:,}; "
                  "which rows the difference is, is an open question)")
     other_texts = public and filled != NOT_MISSING and described != NOT_BLANK
-    codes = catalogue.load_classes()["prdtypecode"]
-    absent = codes[~codes.isin(products["prdtypecode"])].astype(str).tolist()
+    absent = absent_codes(catalogue.load_classes()["prdtypecode"], products)
     lacks = f"{27 - len(absent)} of 27; without a row: {', '.join(absent)}" if absent else ""
     return [judge("tables", tables, tables * (public and rows != LABELLED), SUBSET, "warning"),
             judge("descriptions", told, told * other_texts, SUBSET, "warning"),

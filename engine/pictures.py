@@ -12,6 +12,7 @@ from engine.files import one_line, remember
 
 # What shops use. Others are refused: Pillow would start another program for some.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+READABLE = "readable"  # what is remembered of a picture without a fault
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
@@ -57,14 +58,16 @@ def decode_picture(path: str | Path, size: int) -> np.ndarray:
 def picture_faults(paths: Sequence[str]) -> list[str]:
     """What is wrong with each picture's file, "" if nothing; each is decoded once, and remembered.
     """
-    said = remember("readable", _fault, paths)
-    return [words.removeprefix("readable") if words else f"picture {path} is absent, or a link out "
-            "of its folder" for words, path in zip(said, paths)]
+    def told(words: str, path: str) -> str:
+        absent = f"picture {path} is absent, or a link out of its folder"
+        return "" if words == READABLE else words or absent
+
+    return [told(*pair) for pair in zip(remember("readable", _look, paths), paths)]
 
 
-def _fault(path: str) -> str:
+def _look(path: str) -> str:
     try:
         decode_picture(path, 64)
     except ValueError as error:
         return str(error)
-    return "readable"
+    return READABLE

@@ -24,12 +24,7 @@ def read_table(path: Path, separator: str, columns: Sequence[str],
     ValueError names the line, the row or the column that does not fit. `known` are columns: a file
     that begins with one of them has lost its row numbers.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({one_line(error)})") from error
-    refuse_other_file(path, content)
-    header, rows = split_rows(path, content.decode("utf-8-sig"), separator)
+    header, rows = split_rows(path, text_of(path), separator)
     refuse_odd_columns(path, header, separator, columns, known)
     table = pd.DataFrame(rows, columns=header, dtype=str).set_index(header[0])
     refuse_odd_rows(path, table)
@@ -56,17 +51,21 @@ def split_rows(path: Path, text: str, separator: str) -> tuple[list[str], list[l
     return header, rows
 
 
-def refuse_other_file(path: Path, content: bytes) -> None:
-    """ValueError if a file's bytes are not text in UTF-8, with the line."""
+def text_of(path: Path) -> str:
+    """A file's text; ValueError if its bytes are not text in UTF-8, with the line."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({one_line(error)})") from error
     for mark, kind in OTHER_FILES.items():
         if content.startswith(mark):
             raise ValueError(f"{path} is {kind}")
     try:
-        content.decode()
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path} is no text in UTF-8: line {line} holds the byte "
-                         f"{content[error.start]:#x}; get it again, or save it in UTF-8 (from "
+                         f"{error.object[error.start]:#x}; get it again, or save it in UTF-8 (from "
                          "Windows-1252: iconv -f WINDOWS-1252 -t UTF-8)") from error
 
 

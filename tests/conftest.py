@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import settings
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizer
@@ -154,6 +155,15 @@ def make_bert(folder: Path, **size: float) -> tuple[BertTokenizer, BertModel]:
     (folder / "words.txt").write_text("\n".join([*marks, *words]))
     tokenizer = BertTokenizer(vocab=str(folder / "words.txt"))
     return tokenizer, BertModel(BertConfig(vocab_size=len(tokenizer), **size))
+
+
+def write_bert(folder: Path, **size: float) -> Path:
+    """A checkpoint's folder with that BERT, the same each time."""
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    for part in make_bert(folder, **size):
+        part.save_pretrained(folder)
+    return folder
 
 
 SMALL = {"camembert": "small", "flaubert": "small", "seresnext": "small", "text_width": 16,

@@ -77,8 +77,9 @@ def test_a_file_that_is_not_the_table_is_named_with_the_remedy(tiny_ens, change,
     assert X in str(error.value)
 
 
-def test_a_line_that_is_not_utf8_is_the_one_that_is_named(tiny_ens):
-    rewrite(tiny_ens / Y, lambda data: data.replace(b"\n5,", b"\n5,\xe9", 1))
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_line_that_is_not_utf8_is_the_one_that_is_named(tiny_ens, mark):
+    rewrite(tiny_ens / Y, lambda data: mark + data.replace(b"\n5,", b"\n5,\xe9", 1))
     with pytest.raises(ValueError, match="Y_train_CVw08PX.csv is no text in UTF-8: line 7 holds "
                                          "the byte 0xe9"):
         h.load_catalogue(tiny_ens)

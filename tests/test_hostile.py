@@ -11,7 +11,7 @@ import pytest
 from bs4 import BeautifulSoup
 
 import helpers as h
-from conftest import ROOT, SMALL, isolate, make_bert
+from conftest import ROOT, SMALL, isolate, write_bert
 from engine.image_models import read_weights
 from engine.runs import runs_folder
 
@@ -76,12 +76,8 @@ class Touch:
 
 @pytest.fixture
 def bert(tmp_path):
-    folder = tmp_path / "bert"
-    folder.mkdir()
-    for part in make_bert(folder, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
-                          intermediate_size=24):
-        part.save_pretrained(folder)
-    return folder
+    return write_bert(tmp_path / "bert", hidden_size=24, num_hidden_layers=1,
+                      num_attention_heads=2, intermediate_size=24)
 
 
 @pytest.mark.parametrize("weights", [lambda place: Touch(place),

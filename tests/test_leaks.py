@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 import helpers as h
-from conftest import make_bert, write_ens
+from conftest import write_bert, write_ens
 from engine.files import fast_hash
 from engine.rows import chosen_products
 from engine.settings import PARTS, TEXT_STAGES
@@ -135,13 +135,10 @@ def test_nothing_fitted_knows_the_rows_of_a_part(three, changed):
 
 @pytest.mark.parametrize("changed", ["test", "val"])
 def test_no_head_of_a_frozen_encoder_knows_the_rows_of_a_part(three, tmp_path, changed):
-    (tmp_path / "bert").mkdir()
-    for part in make_bert(tmp_path / "bert", hidden_size=24, num_hidden_layers=1,
-                          num_attention_heads=2, intermediate_size=24):
-        part.save_pretrained(tmp_path / "bert")
+    bert = str(write_bert(tmp_path / "bert", hidden_size=24, num_hidden_layers=1,
+                          num_attention_heads=2, intermediate_size=24))
     names = [name for stage in TEXT_STAGES for name in (f"vectors-{stage}", stage)]
-    _, folders = three(names, freeze_encoders=True, camembert=str(tmp_path / "bert"),
-                       flaubert=str(tmp_path / "bert"))
+    _, folders = three(names, freeze_encoders=True, camembert=bert, flaubert=bert)
     heads = [{name: load_file(folders[part][name] / "head.safetensors")["weight"].numpy()
               for name in TEXT_STAGES} for part in (None, changed)]
     assert differing(*heads) == []

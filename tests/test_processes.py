@@ -27,7 +27,7 @@ from commands.plan import (
     state,
     step_key,
 )
-from conftest import ROOT, SMALL, isolate, make_bert, write_ens
+from conftest import ROOT, SMALL, isolate, write_bert, write_ens
 from engine.files import read_json, write_json
 from engine.keys import folder_of
 from engine.progress import Progress
@@ -38,13 +38,9 @@ pytestmark = pytest.mark.slow
 
 def bert_folder(folder):
     """A small BERT without dropout: what is random in it would differ between processes."""
-    folder.mkdir()
-    torch.manual_seed(0)
-    for part in make_bert(folder, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                          intermediate_size=64, max_position_embeddings=64,
-                          hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0):
-        part.save_pretrained(folder)
-    return folder
+    return write_bert(folder, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                      intermediate_size=64, max_position_embeddings=64, hidden_dropout_prob=0.0,
+                      attention_probs_dropout_prob=0.0)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ import elsewhere
 import helpers as h
 from commands import plan
 from commands.doctor import refuse_fatal
-from conftest import ROOT, SMALL, isolate, make_bert, write_ens
+from conftest import ROOT, SMALL, isolate, write_bert, write_ens
 from engine import catalogue, files, fingerprint, keys, progress, stages
 from engine.files import lock_of
 from engine.runs import runs_folder
@@ -803,12 +803,9 @@ def test_every_setting_is_read_somewhere():
 @pytest.mark.slow
 def test_frozen_encoders_are_read_once_for_all_splits_and_seeds(make_run, tmp_path):
     """Their vectors depend on products and checkpoint alone; only heads are a run's own."""
-    (tmp_path / "bert").mkdir()
-    size = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "intermediate_size": 48}
-    for part in make_bert(tmp_path / "bert", **size):
-        part.save_pretrained(tmp_path / "bert")
-    runs = [make_run(split, seed, camembert=str(tmp_path / "bert"), freeze_encoders=True,
+    bert = str(write_bert(tmp_path / "bert", hidden_size=24, num_hidden_layers=1,
+                          num_attention_heads=2, intermediate_size=48))
+    runs = [make_run(split, seed, camembert=bert, freeze_encoders=True,
                      image_size=32, region_size=32, grid=2)
             for split in ("90-10", "80-20") for seed in (0, 1)]
     names = ("splits", "text", "camembert_title", "seresnext", "image_whole", "image_regions")

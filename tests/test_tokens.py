@@ -23,7 +23,7 @@ from transformers import (
 import helpers as h
 from commands.doctor import refuse_fatal
 from commands.networks import check_weights_here
-from conftest import make_bert, tiny_products
+from conftest import make_bert, tiny_products, write_bert
 
 SIZE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 48, "max_position_embeddings": 64}
@@ -143,10 +143,7 @@ def rename_weights(folder: Path, rename) -> None:
 
 @pytest.fixture
 def bert(tmp_path):
-    torch.manual_seed(0)
-    for part in make_bert(tmp_path, **SIZE):
-        part.save_pretrained(tmp_path)
-    return tmp_path
+    return write_bert(tmp_path, **SIZE)
 
 
 @pytest.mark.parametrize("prefix", [
