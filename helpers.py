@@ -5,18 +5,15 @@ section uses only those above it. What a notebook calls besides is handed on fro
 ``engine``; ``h.show`` says where a thing stands.
 
     section             taught in    handed on from
-    1  Splits           01           catalogue, rows, duplicates, pictures
-    2  Text             02           texts, text_models
-    3  Scores           02, 08
-    4  Fine-tuning      03           training, vectors
-    5  Text encoders    03, 04       text_checkpoints, text_models
-    6  Image encoder    05           image_models, pictures, picture_cache
-    7  Regions          06
-    8  Fusion           07
-    9  Result tables    08           stages, tensors
-    10 New products
-    11 Figures          all
-    12 Display          all
+    1  Splits           01           catalogue, rows, duplicates, pictures, figures
+    2  Text             02           texts, text_models, scores
+    3  Fine-tuning      03           training, vectors
+    4  Text encoders    03, 04       text_checkpoints, text_models
+    5  Image encoder    05           image_models, pictures, picture_cache
+    6  Regions          06
+    7  Fusion           07           fusions, variants
+    8  Result tables    08, 09       late_fusion, claims, analysis, stages, tensors
+    9  New products
 
 "The paper" is Tashu, Fattouh, Kiss, Horvath: Multimodal E-Commerce Product Classification Using
 Hierarchical Fusion (2022). Importing this module reads and writes no data.
@@ -25,34 +22,37 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import inspect
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import scipy.stats
-import seaborn as sns
 import torch
 import transformers
-from IPython.display import Markdown, display
 from safetensors.torch import load_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from sklearn.pipeline import make_pipeline
 from torch import Tensor, nn
 from torchvision.transforms import v2
 from transformers import DataCollatorWithPadding, set_seed
 
-from engine import settings
+from engine.analysis import (
+    by_group,
+    calibration_error,
+    calibration_error_by_chance,
+    complementarity,
+    fit_temperature,
+    region_parts,
+    reliability,
+    with_temperature,
+)
 from engine.catalogue import (
     LAYOUTS,
     absent_pictures,
@@ -62,10 +62,38 @@ from engine.catalogue import (
     load_catalogue,
     load_classes,
     load_published,
+    load_released,
     sample_generator,
 )
+from engine.claims import TEXT_ALONE, claims_table, compare_splits, recommend
 from engine.duplicates import chosen_groups
+from engine.figures import (
+    COLOURS,
+    COLUMN,
+    PAGE,
+    caption,
+    figure,
+    note,
+    plot_confusion,
+    plot_learning_curve,
+    plot_scores,
+    save_figure,
+    show,
+)
 from engine.files import read_json, temporary_folder
+from engine.fusions import (
+    FUSIONS,
+    Attention,
+    Gated,
+    LowRank,
+    add,
+    average,
+    concat,
+    fusion,
+    fusion_of,
+    maximum,
+    product,
+)
 from engine.image_models import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -77,6 +105,7 @@ from engine.image_models import (
     refusal,
 )
 from engine.keys import makes, one_look
+from engine.late_fusion import LATE_FUSIONS, cross_fitted, fit_mixture, late_fusions, stack
 from engine.picture_cache import DecodedPictures, cached_pictures
 from engine.pictures import as_rgb, decode_picture, open_picture
 from engine.processes import device
@@ -90,6 +119,22 @@ from engine.rows import (
     usable_products,
 )
 from engine.runs import Run, open_run
+from engine.scores import (
+    Resamples,
+    bootstrap,
+    compare_all,
+    contrast,
+    holm,
+    interval,
+    mcnemar,
+    resample,
+    rows_to_separate,
+    score,
+    score_row,
+    score_table,
+    seed_variance,
+    who_beats_whom,
+)
 from engine.settings import (
     FIELDS,
     PARTS,
@@ -123,6 +168,15 @@ from engine.training import (
     precision,
     trained_once,
     training_arguments,
+)
+from engine.variants import (
+    HEADS,
+    RAW_VARIANTS,
+    STRUCTURES,
+    TABLE_VARIANTS,
+    Variant,
+    named_variant,
+    scored_variants,
 )
 from engine.vectors import encode, encode_rows
 
@@ -275,90 +329,7 @@ def baseline_probabilities(run: Run, product_ids: Sequence[int]) -> dict[str, Te
 
 
 # ==================================================================================================
-# 3  Scores
-# ==================================================================================================
-METRICS = ("accuracy", "macro_f1", "weighted_f1")
-
-
-def score(truth: Sequence[int], predicted: Sequence[int]) -> dict[str, float]:
-    """Accuracy, macro-F1 and weighted-F1 in [0, 1]; macro-F1 over the classes in `truth`.
-
-    Shown in 02 and 08.
-    """
-    f1 = partial(f1_score, truth, predicted, labels=np.unique(truth), zero_division=0)
-    return {"accuracy": float(accuracy_score(truth, predicted)),
-            "macro_f1": float(f1(average="macro")),
-            "weighted_f1": float(f1(average="weighted"))}
-
-
-def bootstrap(truth: Sequence[int], predicted: Sequence[int], resamples: int,
-              seed: int = 0) -> dict[str, tuple]:
-    """95% bootstrap interval of each metric: rows are drawn again `resamples` times.
-
-    With few rows a resample misses whole classes and macro-F1 comes out too high; the BCa interval
-    corrects such a bias. Above 2,000 rows, where its cost grows with their square and the bias is
-    gone, it is the percentile interval. Shown in 08.
-    """
-    truth, predicted = np.asarray(truth), np.asarray(predicted)
-    classes = int(max(truth.max(), predicted.max())) + 1
-
-    def metrics(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-        cells = np.bincount(truth * classes + predicted, minlength=classes ** 2)
-        return np.array(_scores_of_confusion(cells.reshape(classes, classes)))
-
-    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
-        # No spread at all gives NaN, handled below.
-        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
-        found = scipy.stats.bootstrap(
-            (truth, predicted), metrics, paired=True, vectorized=False, rng=seed,
-            n_resamples=resamples, method="BCa" if len(truth) <= 2000 else "percentile")
-    value, ends = metrics(truth, predicted), found.confidence_interval
-    low, high = (np.where(np.isnan(end), value, end) for end in ends)
-    return {metric: (float(a), float(b)) for metric, a, b in zip(METRICS, low, high)}
-
-
-def _scores_of_confusion(cells: np.ndarray) -> tuple[float, float, float]:
-    """The three metrics of a confusion matrix [true, predicted]."""
-    true, hits = cells.sum(1), np.diag(cells)
-    f1 = 2 * hits / np.maximum(true + cells.sum(0), 1)
-    return hits.sum() / cells.sum(), f1[true > 0].mean(), f1 @ true / true.sum()
-
-
-def score_row(model: str, truth: Sequence[int], predicted: Sequence[int], run: Run) -> dict:
-    """A table's row: model, n, each metric in percent, its interval as <metric>_low and _high."""
-    row = {"model": model, "n": len(truth)}
-    intervals = bootstrap(truth, predicted, run.profile.bootstrap)
-    for metric, value in score(truth, predicted).items():
-        low, high = intervals[metric]
-        row |= {metric: 100 * value, f"{metric}_low": 100 * low, f"{metric}_high": 100 * high}
-    return row
-
-
-def score_table(rows: list[dict]) -> pd.DataFrame:
-    """Rows of `score_row` for reading: model, n, and "value [low, high]" in percent per metric."""
-    table = []
-    for row in rows:
-        cells = {"model": row["model"], "n": row["n"]}
-        for metric in METRICS:
-            low, high = row[f"{metric}_low"], row[f"{metric}_high"]
-            cells[metric] = f"{row[metric]:.1f} [{low:.1f}, {high:.1f}]"
-        table.append(cells)
-    return pd.DataFrame(table)
-
-
-def mcnemar(truth: Sequence[int], first: Sequence[int],
-            second: Sequence[int]) -> tuple[int, int, float]:
-    """Rows only the first has right, rows only the second has right, the exact two-sided p."""
-    truth, first, second = map(np.asarray, (truth, first, second))
-    only_first = int(((first == truth) & (second != truth)).sum())
-    only_second = int(((first != truth) & (second == truth)).sum())
-    trials = only_first + only_second
-    p = float(scipy.stats.binomtest(only_first, trials).pvalue) if trials else 1.0
-    return only_first, only_second, p
-
-
-# ==================================================================================================
-# 4  Fine-tuning
+# 3  Fine-tuning
 # ==================================================================================================
 class Classifier(nn.Module):
     """An encoder, which gives one vector a row, and a linear layer to the classes.
@@ -423,7 +394,7 @@ def fit_head(head: nn.Linear, features: Tensor, labels: Tensor, parts: np.ndarra
     train, val = (torch.as_tensor(parts == part) for part in ("train", "val"))
     mean, std = features[train].mean(0), features[train].std(0).clamp(min=1e-6)
     scaled = ((features - mean) / std)[train]
-    model = LogisticRegression(max_iter=300).fit(scaled.numpy(), labels[train].numpy())
+    model = LogisticRegression(max_iter=2000).fit(scaled.numpy(), labels[train].numpy())
     weight = torch.tensor(model.coef_, dtype=torch.float32) / std
     with torch.no_grad():
         head.weight.zero_()
@@ -464,12 +435,20 @@ def build_frozen(run: Run, vectors: str, folder: Path) -> dict:
 
 def head_probabilities(folder: Path, features: Tensor) -> Tensor:
     """Class probabilities [N, 27] that an encoder's own linear head gives its features."""
-    head = load_file(folder / "head.safetensors")
-    return torch.softmax(nn.functional.linear(features, head["weight"], head["bias"]), -1)
+    with torch.no_grad():
+        return torch.softmax(load_head(folder)(features), -1)
+
+
+def load_head(folder: Path) -> nn.Linear:
+    """An encoder's own linear head, width to 27 classes."""
+    weights = load_file(folder / "head.safetensors")
+    head = nn.Linear(weights["weight"].shape[1], len(weights["weight"]))
+    head.load_state_dict(weights)
+    return head
 
 
 # ==================================================================================================
-# 5  Text encoders
+# 4  Text encoders
 # ==================================================================================================
 class TextEncoder(nn.Module):
     """A Hugging Face text model whose output is one vector a text: the first token's, or the mean.
@@ -586,7 +565,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 # ==================================================================================================
-# 6  Image encoder
+# 5  Image encoder
 # ==================================================================================================
 def augmentation(size: int) -> v2.Transform:
     """Random rotation, flip and crop of training pictures (paper, section IV.A); uint8 to uint8.
@@ -680,7 +659,7 @@ def load_image_encoder(run: Run) -> ImageEncoder:
 
 
 # ==================================================================================================
-# 7  Regions
+# 6  Regions
 # ==================================================================================================
 def split_regions(pictures: Tensor, grid: int = 16) -> Tensor:
     """Pictures [N, 3, S, S] as tiles [N, grid * grid, 3, S/grid, S/grid], row by row (paper,
@@ -797,57 +776,8 @@ def save_vectors(run: Run, folder: Path, encoder: ImageEncoder,
 
 
 # ==================================================================================================
-# 8  Fusion
+# 7  Fusion
 # ==================================================================================================
-FUSIONS = ("add", "concat", "average")
-HEADS = ("basic", "dropout", "layers")
-
-
-def fuse(how: str, a: Tensor, b: Tensor) -> Tensor:
-    """Z of two representations [N, d]: [N, d] for "add" and "average", [N, 2d] for "concat"
-    (paper, section III.C).
-
-    Shown in 07.
-    """
-    if how == "concat":
-        return torch.cat([a, b], dim=-1)
-    total = a + b
-    return total / 2 if one_of("fusion", how, FUSIONS) == "average" else total
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One fusion model: Z of both inner levels, Z of the outer level, and the classifier's head."""
-    text_fusion: str
-    final_fusion: str
-    head: str = "basic"
-    standardise: bool = True
-
-    @property
-    def name(self) -> str:
-        head = self.head if self.head != "basic" else ""
-        raw = "" if self.standardise else "raw"
-        return "-".join(part for part in (self.text_fusion, self.final_fusion, head, raw) if part)
-
-
-def named_variant(name: str) -> Variant:
-    """The variant of that name, such as "concat-add" or "average-average-dropout"; ValueError
-    lists all names.
-    """
-    every = (Variant(*choice) for choice in itertools.product(FUSIONS, FUSIONS, HEADS,
-                                                              (True, False)))
-    variants = {variant.name: variant for variant in every}
-    return variants[one_of("variant", name, variants)]
-
-
-# The variants of Tables II, III and V; all nine pairs: itertools.product(FUSIONS, FUSIONS).
-TABLE_VARIANTS = tuple(map(named_variant, TABLE_FUSIONS))
-# The same without standardising, which notebook 07 compares.
-RAW_VARIANTS = tuple(dataclasses.replace(variant, standardise=False) for variant in TABLE_VARIANTS
-                     if variant.head == "basic")
-TRAINED_VARIANTS = (*TABLE_VARIANTS, *RAW_VARIANTS)
-
-
 class ImageReduction(nn.Module):
     """Conv1d with max-pooling that fits P [N, p] to the width of the text vector [N, width]
     (paper, section III.C).
@@ -869,51 +799,88 @@ class ImageReduction(nn.Module):
 
 def make_head(width: int, classes: int, head: str, dropout: float) -> nn.Sequential:
     """f of equation (1): three fully connected layers; Table III adds dropout, or dropout and one
-    more layer. Shown in 07.
+    more layer; the released code has a single one. Shown in 07.
     """
-    one_of("head", head, HEADS)
+    if one_of("head", head, HEADS) == "linear":
+        return nn.Sequential(nn.Linear(width, classes))
     first = [nn.Dropout(dropout)] if head == "dropout" else []
     more = [nn.Dropout(dropout), nn.Linear(256, 256), nn.ReLU()] if head == "layers" else []
     return nn.Sequential(*first, nn.Linear(width, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(),
                          *more, nn.Linear(256, classes))
 
 
+class Join(nn.Module):
+    """Z of parts: representations by name, or joins of their own, whose Z is that of the inner
+    levels. Shown in 07.
+    """
+
+    def __init__(self, parts: tuple, width: int, inner: str, outer: str):
+        super().__init__()
+        self.parts = [part if isinstance(part, str) else str(i) for i, part in enumerate(parts)]
+        self.joins = nn.ModuleDict({str(i): Join(part, width, inner, inner)
+                                    for i, part in enumerate(parts) if isinstance(part, tuple)})
+        for join in self.joins.values():
+            width = join.gives
+        self.takes, z = width, FUSIONS[one_of("fusion", outer, FUSIONS)]
+        self.gives = z.width(width, len(parts))
+        self.z = z.make(width, len(parts))
+
+    def forward(self, x: dict[str, Tensor]) -> Tensor:
+        return self.z(*(self.joins[part](x) if part in self.joins else x[part]
+                        for part in self.parts))
+
+    def width_at(self, symbol: str) -> int:
+        """How wide a representation has to be where it is joined; 0 if it is not."""
+        if symbol in self.parts:
+            return self.takes
+        return max((join.width_at(symbol) for join in self.joins.values()), default=0)
+
+
 class HierarchicalFusion(nn.Module):
-    """y = f(Z(P, Z(Z(T_f, D_f), Z(T_c, D_c)))), equation (1).
+    """y = f(Z(P, Z(Z(T_f, D_f), Z(T_c, D_c)))), equation (1), or another structure of its variant.
 
     `widths` gives the width of each of T_c, D_c, T_f, D_f and P. `forward` takes them as
     [N, width] tensors and returns logits [N, classes]. Text representations of different widths
-    need `project`. Shown in 07.
+    need `project`. While it is trained, `hide` is the share of rows whose titles, descriptions or
+    pictures are replaced by the training rows' mean. Shown in 07.
     """
 
     def __init__(self, widths: dict[str, int], variant: Variant, classes: int = 27,
-                 dropout: float = 0.3, project: bool = False):
+                 dropout: float = 0.3, project: bool = False, hide: float = 0.0):
         super().__init__()
-        self.variant = variant
+        self.variant, self.hide = variant, hide
+        widths = {name: widths[name] for name in variant.symbols}
         texts = {name: width for name, width in widths.items() if name != "P"}
         if len(set(texts.values())) > 1 and not project:
             raise ValueError(f"the text representations differ in width ({texts}); set "
                              "project=True")
-        d = max(texts.values())
+        d = max(texts.values(), default=widths.get("P"))
         for name, width in widths.items():  # 0 and 1 until fit_scale is called
             self.register_buffer(f"mean_{name}", torch.zeros(width))
             self.register_buffer(f"std_{name}", torch.ones(width))
+            self.register_buffer(f"missing_{name}", torch.zeros(width))
         self.projections = nn.ModuleDict(
             {name: nn.Linear(width, d) for name, width in texts.items() if project})
-        text_width = 4 * d if variant.text_fusion == "concat" else d
-        self.reduce_image = ImageReduction(text_width)
-        fused_width = 2 * text_width if variant.final_fusion == "concat" else text_width
-        self.classify = make_head(fused_width, classes, variant.head, dropout)
+        self.join = Join(variant.tree, d, variant.text_fusion, variant.final_fusion)
+        if "P" in widths:  # alone, it has no text to fit
+            self.reduce_image = ImageReduction(self.join.width_at("P")) if texts else nn.Identity()
+        self.classify = make_head(self.join.gives, classes, variant.head, dropout)
 
-    def fit_scale(self, representations: dict[str, Tensor],
-                  training: Tensor | slice = slice(None)) -> None:
-        """Remember mean and deviation of the `training` rows; a constant column is only centred."""
-        for name, x in representations.items():
+    def fit_scale(self, representations: dict[str, Tensor], training: Tensor | slice = slice(None),
+                  scale: bool = True) -> None:
+        """Remember the mean of the `training` rows, which stands for what is missing, and, to
+        `scale`, their deviation; a constant column is only centred.
+        """
+        for name in self.variant.symbols:
+            x = representations[name]
             # Some columns at a time, because indexing copies.
             parts = [torch.std_mean(columns[training], 0) for columns in x.split(256, 1)]
             std, mean = map(torch.cat, zip(*parts))
-            getattr(self, f"mean_{name}").copy_(mean)
-            getattr(self, f"std_{name}").copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
+            getattr(self, f"missing_{name}").copy_(mean)
+            if scale:
+                std = torch.where(std > 1e-6, std, torch.ones_like(std))
+                getattr(self, f"mean_{name}").copy_(mean)
+                getattr(self, f"std_{name}").copy_(std)
 
     def prepare(self, name: str, rows: Tensor) -> Tensor:
         """A representation standardised and, where asked for, projected."""
@@ -921,16 +888,45 @@ class HierarchicalFusion(nn.Module):
         return self.projections[name](rows) if name in self.projections else rows
 
     def forward(self, **representations: Tensor) -> Tensor:
-        x = {name: self.prepare(name, rows) for name, rows in representations.items()}
-        inner = partial(fuse, self.variant.text_fusion)
-        text = inner(inner(x["T_f"], x["D_f"]), inner(x["T_c"], x["D_c"]))
-        return self.classify(fuse(self.variant.final_fusion, self.reduce_image(x["P"]), text))
+        x = {name: representations[name] for name in self.variant.symbols}
+        if self.training and self.hide:
+            x = hide_modalities(x, self.means, self.hide)
+        x = {name: self.prepare(name, rows) for name, rows in x.items()}
+        if "P" in x:
+            x["P"] = self.reduce_image(x["P"])
+        return self.classify(self.join(x))
+
+    @property
+    def means(self) -> dict[str, Tensor]:
+        """The mean of each representation's training rows: what stands for a missing one."""
+        return {name: getattr(self, f"missing_{name}") for name in self.variant.symbols}
 
 
-def read_representations(run: Run, product_ids: Sequence[int]) -> dict[str, Tensor]:
-    """T_c, D_c, T_f, D_f and P of the products, in their order."""
+# What is missing together: a product without a title has neither T_c nor T_f.
+MODALITIES = {"title": ("T_c", "T_f"), "description": ("D_c", "D_f"), "picture": ("P",)}
+
+
+def hide_modalities(x: dict[str, Tensor], means: dict[str, Tensor],
+                    share: float) -> dict[str, Tensor]:
+    """Modality dropout: in a `share` of the rows of each modality its mean stands for it, never for
+    all three of a product (Neverova et al. 2016). Shown in 09.
+    """
+    rows = len(next(iter(x.values())))
+    hidden = torch.rand(rows, len(MODALITIES), device=next(iter(x.values())).device) < share
+    hidden &= ~hidden.all(1, keepdim=True)
+    for place, symbols in enumerate(MODALITIES.values()):
+        for symbol in set(symbols) & set(x):
+            x = {**x, symbol: torch.where(hidden[:, place, None], means[symbol], x[symbol])}
+    return x
+
+
+def read_representations(run: Run, product_ids: Sequence[int],
+                         picture: str = "regions") -> dict[str, Tensor]:
+    """T_c, D_c, T_f, D_f and P of the products, in their order; P of the picture's regions, or of
+    the "whole" picture.
+    """
     representations = {}
-    for symbol, name in REPRESENTATIONS.items():
+    for symbol, name in (REPRESENTATIONS | {"P": f"image_{picture}"}).items():
         path = read_stage(run, name) / "features.safetensors"
         representations[symbol] = load_tensors(path, product_ids)["features"]
     return representations
@@ -949,8 +945,9 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[s
 
 def train_fusion(model: HierarchicalFusion, representations: dict[str, Tensor], labels: Tensor,
                  train: Tensor, val: Tensor, *, epochs: int, batch: int, lr: float, seed: int,
-                 label: str) -> pd.DataFrame:
-    """Train on the rows `train`, leave the model at its best epoch by macro-F1 of the rows `val`.
+                 label: str, keep_last: bool = False) -> pd.DataFrame:
+    """Train on the rows `train`, leave the model at its best epoch by macro-F1 of the rows `val`,
+    or at its last.
 
     `representations` and `labels` hold all rows. Returns the learning curve, one row an epoch, as
     `finetune` does. Shown in 07.
@@ -976,7 +973,8 @@ def train_fusion(model: HierarchicalFusion, representations: dict[str, Tensor], 
             best = (scores["macro_f1"], weights)
         bar.advance()
     bar.close()
-    model.load_state_dict(best[1])
+    if not keep_last:
+        model.load_state_dict(best[1])
     return pd.DataFrame(curve)
 
 
@@ -991,43 +989,69 @@ def predict_fusion(model: HierarchicalFusion, representations: dict[str, Tensor]
 def make_fusion(run: Run, variant: Variant,
                 representations: dict[str, Tensor]) -> HierarchicalFusion:
     """An untrained fusion model for representations of these widths."""
+    for name in (variant.text_fusion, variant.final_fusion):
+        fusion_of(run, name)
     widths = {name: rows.shape[1] for name, rows in representations.items()}
     profile = run.profile
-    return HierarchicalFusion(widths, variant, dropout=profile.dropout, project=profile.project)
+    return HierarchicalFusion(widths, variant, dropout=profile.dropout, project=profile.project,
+                              hide=profile.modality_dropout if variant.hide else 0.0)
 
 
 @makes("fusion")
 def build_fusion(run: Run, name: str, folder: Path) -> dict:
-    """Stage `fusion-<variant>`: the trained fusion model (model.safetensors) and curve.csv."""
+    """Stage `fusion-<variant>`: the model of each fusion seed k (model-<k>.safetensors), and
+    curve.csv with their learning curves.
+    """
     profile, variant = run.profile, named_variant(name.removeprefix("fusion-"))
     split = read_split(run)
-    representations = read_representations(run, split["product_id"])
-    x = {symbol: rows.to(device()) for symbol, rows in representations.items()}
+    representations = read_representations(run, split["product_id"], variant.picture)
+    x = {symbol: representations[symbol].to(device()) for symbol in variant.symbols}
     labels = torch.tensor(split["label_id"].to_numpy()).to(device())
     train, val = (torch.tensor(np.flatnonzero(split["part"] == part)).to(device())
                   for part in ("train", "val"))
-    set_seed(run.seed)
-    model = make_fusion(run, variant, x).to(device())
-    if variant.standardise and profile.standardise:
-        model.fit_scale(x, train)
-    curve = train_fusion(
-        model, x, labels, train, val, epochs=profile.fusion_epochs, batch=profile.fusion_batch,
-        lr=profile.fusion_lr, seed=run.seed, label=variant.name)
-    save_weights(folder / "model.safetensors", model.state_dict())
-    save_table(folder / "curve.csv", curve)
-    return curve_metrics(curve) | {"parameters": count_parameters(model)}
+    curves = []
+    for k in range(profile.fusion_seeds):
+        set_seed(run.seed + k)
+        model = make_fusion(run, variant, representations).to(device())
+        model.fit_scale(x, train, scale=variant.standardise and profile.standardise)
+        curve = train_fusion(
+            model, x, labels, train, val, epochs=profile.fusion_epochs, batch=profile.fusion_batch,
+            lr=profile.fusion_lr, seed=run.seed + k, label=variant.name, keep_last=variant.last)
+        save_weights(folder / f"model-{k}.safetensors", model.state_dict())
+        curves.append(curve.assign(fusion_seed=k))
+    save_table(folder / "curve.csv", pd.concat(curves))
+    kept = [curve.tail(1) if variant.last else curve for curve in curves]
+    scores = pd.DataFrame(map(curve_metrics, kept)).drop(columns="best_epoch").mean()
+    return {**scores, "seeds": profile.fusion_seeds, "parameters": count_parameters(model)}
 
 
-def fusion_probabilities(run: Run, variant: Variant, representations: dict[str, Tensor]) -> Tensor:
-    """Class probabilities [N, 27] of a trained variant for these rows."""
-    model = make_fusion(run, variant, representations)
-    path = read_stage(run, f"fusion-{variant.name}") / "model.safetensors"
-    model.load_state_dict(load_file(path))
-    return torch.softmax(predict_fusion(model, representations), -1)
+def load_fusions(run: Run, variant: Variant,
+                 representations: dict[str, Tensor]) -> Iterator[HierarchicalFusion]:
+    """The trained models of a variant, one for each fusion seed."""
+    folder = read_stage(run, f"fusion-{variant.name}")
+    for k in range(run.profile.fusion_seeds):
+        model = make_fusion(run, variant, representations)
+        model.load_state_dict(load_file(folder / f"model-{k}.safetensors"))
+        yield model
+
+
+def fusion_probabilities(run: Run, variant: Variant, representations: dict[str, Tensor],
+                         missing: Sequence[str] = ()) -> Tensor:
+    """Class probabilities [N, seeds, 27] of a trained variant for these rows; the mean of the
+    training rows stands for the modalities that are `missing`.
+    """
+    found = []
+    for model in load_fusions(run, variant, representations):
+        x = dict(representations)
+        for symbol in itertools.chain.from_iterable(MODALITIES[name] for name in missing):
+            if symbol in model.means:
+                x[symbol] = model.means[symbol].expand_as(x[symbol])
+        found.append(torch.softmax(predict_fusion(model, x), -1))
+    return torch.stack(found, 1)
 
 
 # ==================================================================================================
-# 9  Result tables
+# 8  Result tables
 # ==================================================================================================
 TABLES = {"I": "90-10", "II": "90-10", "III": "90-10", "IV": "80-20", "V": "80-20"}
 # The paper's rows, as data/published_results.csv names them, and our models.
@@ -1041,6 +1065,9 @@ OUR_MODEL = {
     "basic (average + average)": "average-average",
     "with dropout": "average-average-dropout", "with more layers": "average-average-layers"}
 ENCODER_MODELS = (*TEXT_STAGES, "seresnext")
+# Who is compared with whom: each pair more makes the correction harsher.
+COMPARED = ("TF-IDF both", *ENCODER_MODELS, *TABLE_FUSIONS, "concat-concat-text",
+            "average-average-text", "late mean", "late stacking")
 
 
 def encoder_probabilities(run: Run, model: str, product_ids: Sequence[int]) -> Tensor:
@@ -1052,28 +1079,39 @@ def encoder_probabilities(run: Run, model: str, product_ids: Sequence[int]) -> T
 
 @one_look()  # at what the many stages were given: once for them all
 def all_probabilities(run: Run, part: str) -> tuple[np.ndarray, dict[str, Tensor]]:
-    """(true labels [N], {model: probabilities [N, 27]}) of baselines, encoders and fusion variants
-    on one part, in order of product id. Shown in 08.
+    """(true labels [N], {model: probabilities}) of baselines and encoders [N, 27], of fusion
+    variants [N, seeds, 27] and of late fusions [N, 27] on one part, in order of product id.
+
+    Late fusions are fitted on the validation part, whose own rows are cross-fitted. Shown in 08.
     """
     rows = read_split(run).query("part == @part")
-    ids = rows["product_id"].to_numpy()
+    ids, labels = rows["product_id"].to_numpy(), torch.tensor(rows["label_id"].to_numpy())
     found = baseline_probabilities(run, ids)
     found |= {model: encoder_probabilities(run, model, ids) for model in ENCODER_MODELS}
-    representations = read_representations(run, ids)
-    for variant in TABLE_VARIANTS:
-        found[variant.name] = fusion_probabilities(run, variant, representations)
-    return rows["label_id"].to_numpy(), found
+    x = {picture: read_representations(run, ids, picture) for picture in ("regions", "whole")}
+    for variant in scored_variants(run):
+        found[variant.name] = fusion_probabilities(run, variant, x[variant.picture])
+    encoders = torch.stack([found[model] for model in ENCODER_MODELS], 1)
+    if part == "val":
+        return labels.numpy(), found | cross_fitted(encoders, labels)
+    val = read_split(run).query("part == 'val'")
+    others = [encoder_probabilities(run, model, val["product_id"]) for model in ENCODER_MODELS]
+    val_labels = torch.tensor(val["label_id"].to_numpy())
+    return labels.numpy(), found | late_fusions(torch.stack(others, 1), val_labels, encoders)
 
 
 @makes("scores")
 def build_scores(run: Run, name: str, folder: Path) -> dict:
-    """Stage `scores`: the test part's predictions.safetensors, scores.csv, table_<number>.csv.
+    """Stage `scores`: predictions.safetensors of the test part and validation.safetensors of the
+    validation part, {model: probabilities} and `label_id`; scores.csv and table_<number>.csv of the
+    test part.
 
     Shown in 08.
     """
-    truth, found = all_probabilities(run, "test")
-    ids = read_split(run).query("part == 'test'")["product_id"]
-    save_tensors(folder / "predictions.safetensors", ids, label_id=truth, **found)
+    for part, file in (("val", "validation"), ("test", "predictions")):
+        truth, found = all_probabilities(run, part)
+        ids = read_split(run).query("part == @part")["product_id"]
+        save_tensors(folder / f"{file}.safetensors", ids, label_id=truth, **found)
     scores = pd.DataFrame([score_row(model, truth, probabilities.argmax(-1), run)
                            for model, probabilities in found.items()])
     save_table(folder / "scores.csv", scores)
@@ -1081,6 +1119,77 @@ def build_scores(run: Run, name: str, folder: Path) -> dict:
         if split == run.split:
             save_table(folder / f"table_{number}.csv", paper_table(scores, number))
     return {"models": len(scores), "n": len(truth)}
+
+
+def read_probabilities(run: Run, part: str = "test") -> tuple[Tensor, dict[str, Tensor]]:
+    """(true labels [N], {model: probabilities, [N, 27] or [N, seeds, 27]}) of the test or val part,
+    as the stage `scores` keeps them, in order of product id.
+    """
+    file = {"test": "predictions", "val": "validation"}[one_of("part", part, ("test", "val"))]
+    kept = load_file(read_stage(run, "scores") / f"{file}.safetensors")
+    return kept["label_id"], {model: kept[model] for model in model_order(run)}
+
+
+def read_predictions(run: Run, part: str = "test") -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(true labels [N], {model: predicted labels, [N] or [N, seeds]}) of the test or val part."""
+    truth, found = read_probabilities(run, part)
+    return truth.numpy(), {model: each.argmax(-1).numpy() for model, each in found.items()}
+
+
+def model_order(run: Run) -> list[str]:
+    """All scored models: baselines, encoders, fusions, late fusions."""
+    fusions = [variant.name for variant in scored_variants(run)]
+    return [*BASELINES, *ENCODER_MODELS, *fusions, *LATE_FUSIONS]
+
+
+@makes("claims")
+def build_claims(run: Run, name: str, folder: Path) -> dict:
+    """Stage `claims`: claims.csv, the paper's claims tested on this split, comparisons.csv, the
+    models of COMPARED against each other, and the recommended model, chosen on the validation part.
+
+    Macro-F1 of the test part, resampled over products and seeds together.
+    """
+    truth, predicted = read_predictions(run, "val")
+    val = resample(truth, predicted, "macro_f1", run.profile.bootstrap)
+    single = max(ENCODER_MODELS, key=lambda model: val.value[model].mean())
+    fusions = [variant.name for variant in scored_variants(run)]
+    chosen = recommend(val, [*fusions, *LATE_FUSIONS])
+    truth, predicted = read_predictions(run)
+    found = resample(truth, predicted, "macro_f1", run.profile.bootstrap)
+    save_table(folder / "claims.csv", claims_table(found, single))
+    compared = list(dict.fromkeys([*COMPARED, chosen]))
+    save_table(folder / "comparisons.csv", compare_all(found, compared))
+    return {"best single encoder": single, "recommended": chosen, "n": len(truth)}
+
+
+def read_claims(runs: Sequence[Run]) -> pd.DataFrame:
+    """The claims tested on each of these splits, a column `split` before the others; where both
+    splits are there, the claim about them too.
+    """
+    tables = []
+    for run in runs:
+        tables.append(pd.read_csv(read_stage(run, "claims") / "claims.csv"))
+        tables[-1].insert(0, "split", run.split)
+    if len(runs) == 2:
+        row = {"split": "both", **compare_splits(resample_common(runs))}
+        tables.append(pd.DataFrame([row]))
+    return pd.concat(tables, ignore_index=True)
+
+
+def resample_common(runs: Sequence[Run]) -> Resamples:
+    """Macro-F1 of "<split> <model>" for the tables' fusions, on the products that all these runs
+    test, and on those drawn again.
+    """
+    tests = [read_split(run).query("part == 'test'").set_index("product_id") for run in runs]
+    common = sorted(set.intersection(*(set(test.index) for test in tests)))
+    predicted = {}
+    for run, test in zip(runs, tests):
+        places = test.index.get_indexer(common)
+        for name, labels in read_predictions(run)[1].items():
+            if name in TABLE_FUSIONS:
+                predicted[f"{run.split} {name}"] = labels[places]
+    truth = tests[0].loc[common, "label_id"].to_numpy()
+    return resample(truth, predicted, "macro_f1", runs[0].profile.bootstrap)
 
 
 def paper_table(scores: pd.DataFrame, number: str) -> pd.DataFrame:
@@ -1114,7 +1223,7 @@ def data_note(run: Run) -> str:
 
 def compare(run: Run, other: Run) -> pd.DataFrame:
     """Accuracy of each model in two runs (percent), on the test products of both, and the exact
-    McNemar test of the difference.
+    McNemar test of the difference; of fusions the first seed.
 
     ValueError if the runs score different products, as two splits or seeds do.
     """
@@ -1125,32 +1234,35 @@ def compare(run: Run, other: Run) -> pd.DataFrame:
                          "compared row by row; take the same rows, split and seed")
     truth = kept[0]["label_id"].numpy()
     rows = []
-    for model in kept[0].keys() - {"label_id"}:
-        first, second = (predictions[model].argmax(-1).numpy() for predictions in kept)
+    for model in model_order(run):
+        if model not in kept[0] or model not in kept[1]:  # a fusion of one's own
+            continue
+        first, second = (predictions[model].argmax(-1).reshape(len(truth), -1)[:, 0].numpy()
+                         for predictions in kept)
         only_first, only_second, p = mcnemar(truth, first, second)
         rows.append({"model": model, "n": len(truth), "accuracy": 100 * (first == truth).mean(),
                      "other: accuracy": 100 * (second == truth).mean(),
                      "only this right": only_first, "only other right": only_second, "p": p})
-    order = {model: i for i, model in enumerate((*BASELINES, *ENCODER_MODELS, *TABLE_FUSIONS))}
-    return pd.DataFrame(rows).sort_values("model", key=lambda names: names.map(order),
-                                          ignore_index=True)
+    return pd.DataFrame(rows)
 
 
 # ==================================================================================================
-# 10 New products
+# 9  New products
 # ==================================================================================================
-def represent_products(run: Run, products: pd.DataFrame) -> dict[str, Tensor]:
-    """T_c, D_c, T_f, D_f and P [N, width] of any products [title, description, picture]; a missing
-    text is an empty one.
+def represent_products(run: Run, products: pd.DataFrame, variant: Variant) -> dict[str, Tensor]:
+    """The representations [N, width] that a variant reads, of any products [title, description,
+    picture]; a missing text is an empty one.
     """
     profile, found = run.profile, {}
     raw = products[list(FIELDS)].astype(object).fillna("")
     texts = {field: clean_texts(raw[field], profile.clean, f"cleaning each {field}")
              for field in FIELDS}
-    for symbol, name in REPRESENTATIONS.items():
+    vectors_of = region_vectors if variant.picture == "regions" else whole_vectors
+    for symbol in variant.symbols:
+        name = REPRESENTATIONS[symbol]
         if symbol == "P":
             pictures_of = partial(DecodedPictures, products["picture"])
-            found[symbol] = region_vectors(load_image_encoder(run), profile, pictures_of)
+            found[symbol] = vectors_of(load_image_encoder(run), profile, pictures_of)
             continue
         folder = read_stage(run, name) / "encoder"
         model, tokenizer = load_checkpoint(str(folder), profile.max_length)
@@ -1161,129 +1273,12 @@ def represent_products(run: Run, products: pd.DataFrame) -> dict[str, Tensor]:
 
 
 def predict_products(run: Run, products: pd.DataFrame, variant: Variant) -> Tensor:
-    """Class probabilities [N, 27] of any products [title, description, picture (path)].
+    """Class probabilities [N, 27] of any products [title, description, picture (path)], by the
+    variant's first seed.
 
     An empty description is allowed. A run on `rows="described"` never saw one, so what its
     description encoders make of it is a guess, and such a row leans on title and picture; a run on
     `rows="all"` has learnt it. FileNotFoundError if the run has no trained `variant`.
     """
     read_stage(run, f"fusion-{variant.name}")  # before the encoders' hours, not after
-    return fusion_probabilities(run, variant, represent_products(run, products))
-
-
-# ==================================================================================================
-# 11 Figures
-# ==================================================================================================
-COLOURS = {"camembert": "#004D80", "flaubert": "#3D9BD6", "image": "#D55E00", "fusion": "#222222",
-           "paper": "#767676", "data": "#4F7A6B"}
-COLUMN, PAGE = 3.5, 7.2  # inches
-
-
-def figure(width: float = PAGE, height: float = 3.0, **subplots):
-    """`plt.subplots` in the study's look, whatever a user's own matplotlib settings are."""
-    plt.rcdefaults()
-    sns.set_theme(style="ticks", context="paper", rc={
-        "figure.constrained_layout.use": True, "savefig.dpi": 200, "figure.dpi": 110,
-        "axes.spines.top": False, "axes.spines.right": False,
-        "svg.hashsalt": "hierarchical-fusion", "svg.fonttype": "none"})
-    return plt.subplots(figsize=(width, height), **subplots)
-
-
-def save_figure(run: Run, fig, name: str, data: pd.DataFrame) -> None:
-    """Write <run>/figures/<name>.png, .svg and .csv (the plotted numbers); sample figures say so
-    in a corner.
-    """
-    folder = run.folder / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    if run.synthetic:
-        fig.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))  # keep the corner free
-        fig.text(0.995, 0.005, "synthetic sample", ha="right", fontsize=6, color=COLOURS["paper"],
-                 in_layout=False)
-    fig.savefig(folder / f"{name}.png", metadata={"Software": None})
-    fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    data.to_csv(folder / f"{name}.csv", index=False)
-
-
-def source_colour(model: str) -> str:
-    """The colour of a model's source: an encoder, or fusion, by its name."""
-    sources = {"camembert": "camembert", "flaubert": "flaubert", "resnext": "image",
-               "majority": "paper", "tf-idf": "paper"}
-    for word, source in sources.items():
-        if word in model.lower():
-            return COLOURS[source]
-    return COLOURS["fusion"]
-
-
-def plot_learning_curve(axes: Sequence, curve: pd.DataFrame, label: str, colour: str,
-                        marker: str = "o") -> None:
-    """Losses on the first axes, validation macro-F1 with its best epoch on the second."""
-    loss, f1 = axes
-    style = {"color": colour, "ls": "--" if marker == "s" else "-"}
-    epochs, percent = curve["epoch"], 100 * curve["val_macro_f1"]
-    loss.plot(epochs, curve["train_loss"], alpha=0.4, label=f"{label}, train", **style)
-    loss.plot(epochs, curve["val_loss"], marker=marker, ms=3, label=f"{label}, val", **style)
-    f1.plot(epochs, percent, marker=marker, ms=3, label=label, **style)
-    best = percent.idxmax()
-    f1.plot(epochs[best], percent[best], marker="*", ms=9, color=colour, ls="none")
-    loss.set(xlabel="epoch", ylabel="cross-entropy (nats)")
-    f1.set(xlabel="epoch", ylabel="validation macro-F1 (%)", ylim=(0, 100))
-
-
-def plot_confusion(ax, truth: Sequence[int], predicted: Sequence[int], names: Sequence[str],
-                   place: pd.Series) -> pd.DataFrame:
-    """Shares of each true class (rows sum to 1) as a one-hue map from 0 to 1; returns them.
-
-    `place` maps a label id to its row and column, `names` are the classes in that order.
-    """
-    cells = np.zeros((len(names), len(names)))
-    np.add.at(cells, (place[truth].to_numpy(), place[predicted].to_numpy()), 1)
-    shares = cells / np.maximum(cells.sum(1, keepdims=True), 1)
-    shares = pd.DataFrame(shares, index=list(names), columns=list(names))
-    sns.heatmap(shares, ax=ax, vmin=0, vmax=1, cmap="Greys", cbar=False, square=True,
-                xticklabels=True, yticklabels=True)
-    ax.set(xlabel="predicted class", ylabel="true class")
-    ax.tick_params(labelsize=5, length=0)
-    return shares
-
-
-def plot_scores(ax, scores: pd.DataFrame, metric: str,
-                published: pd.Series | None = None) -> None:
-    """Dots with 95% intervals, ours filled; the paper's figures as open grey diamonds.
-
-    `scores` holds rows of `score_row`; `published` is in percent, indexed like `scores`, NaN where
-    there is none.
-    """
-    places = np.arange(len(scores))[::-1]
-    for place, (_, row) in zip(places, scores.iterrows()):
-        colour, marker = source_colour(row["model"]), "os"["description" in row["model"]]
-        ends = [row[f"{metric}_low"], row[f"{metric}_high"]]
-        ax.plot(ends, [place, place], color=colour, lw=1.2)
-        ax.plot(row[metric], place, marker, color=colour, ms=5)
-    if published is not None:
-        ax.plot(published, places, "D", mfc="none", mec=COLOURS["paper"], ms=5,
-                label="paper, Rakuten data")
-    ax.set(yticks=places, yticklabels=scores["model"], xlabel=f"{metric.replace('_f1', '-F1')} (%)",
-           xlim=(-2, 100))
-    ax.grid(axis="x", lw=0.4)
-
-
-# ==================================================================================================
-# 12 Display
-# ==================================================================================================
-def show(*objects: object) -> None:
-    """The source of things of this study, as they run; the first line says where each stands."""
-    for thing in objects:
-        path = Path(inspect.getsourcefile(thing)).resolve()  # notebooks import from ".."
-        ours = path.is_relative_to(settings.ROOT) and "site-packages" not in path.parts
-        place = path.relative_to(settings.ROOT) if ours else inspect.getmodule(thing).__name__
-        display(Markdown(f"```python\n# {place}\n{inspect.getsource(thing)}```"))
-
-
-def caption(text: str) -> None:
-    """A figure's caption, filled from results, under the figure."""
-    display(Markdown(f"*{text}*"))
-
-
-def note(text: str) -> None:
-    """A sentence of the running text whose numbers come from results."""
-    display(Markdown(text))
+    return fusion_probabilities(run, variant, represent_products(run, products, variant))[:, 0]

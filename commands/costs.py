@@ -25,6 +25,7 @@ from engine.runs import Run
 from engine.settings import FIELDS, REPRESENTATIONS, SPLITS, VALIDATION_SHARE, Profile
 from engine.text_checkpoints import checkpoint_place
 from engine.texts import clean_text
+from engine.variants import OTHER_VARIANTS, RAW_VARIANTS, TABLE_VARIANTS
 
 
 # --- one network ----------------------------------------------------------------------------------
@@ -103,11 +104,11 @@ def image_networks(profile: Profile) -> tuple[Network, Network]:
 
 @cache
 def fusion_networks(project: bool, **widths: int) -> list[Network]:
-    """The fusion models of notebook 07, each on one row of representations of these widths."""
+    """The fusion models of notebook 07, one seed each, on a row of representations this wide."""
     with torch.device("meta"):
         row = {symbol: torch.empty(1, width) for symbol, width in widths.items()}
         models = [h.HierarchicalFusion(widths, variant, project=project).eval()
-                  for variant in h.TRAINED_VARIANTS]
+                  for variant in (*TABLE_VARIANTS, *OTHER_VARIANTS, *RAW_VARIANTS)]
         return [Network(h.count_parameters(model), 27, flops(model, **row)) for model in models]
 
 
@@ -205,13 +206,14 @@ def stage_work(profile: Profile, split: str, sizes: Sizes) -> list[Work]:
     kind = "image" if profile.regions == "feature_map" else "regions"
     models = fusion_networks(profile.project, **widths, P=whole.width)
     flop = sum(train * model.training + val * model.forward for model in models)
-    epochs, steps = profile.fusion_epochs, len(models) * train / profile.fusion_batch
+    epochs = profile.fusion_epochs * profile.fusion_seeds
+    steps = len(models) * train / profile.fusion_batch
     return [*work,
             encoder("seresnext", "image", whole, profile.image_epochs, batch, 0, batch),
             encoder("image_regions", kind, regions, 0, batch, rows, batch),
             encoder("image_whole", "image", whole, 0, batch, rows, batch),
             Work("fusion", "fusion", epochs * flop, epochs * steps,
-                 4 * sum(model.parameters for model in models))]
+                 4 * profile.fusion_seeds * sum(model.parameters for model in models))]
 
 
 def cache_gb(profile: Profile, rows: int) -> float:

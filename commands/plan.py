@@ -16,7 +16,8 @@ from engine.settings import FROZEN_STAGES, SPEED_ONLY, SPLITS, STAGES, one_of
 
 NOTEBOOKS = ["01_data_exploration", "02_text_preprocessing", "03_finetune_camembert",
              "04_finetune_flaubert", "05_finetune_seresnext", "06_regional_features",
-             "07_hierarchical_fusion", "08_result_tables"]
+             "07_hierarchical_fusion", "08_result_tables", "09_analysis",
+             "10_paper_and_code"]
 LAST_OF_SPLIT = NOTEBOOKS.index("07_hierarchical_fusion")  # what follows compares the splits
 DEFAULTS = {"PROFILE": "sample", "SPLIT": "90-10", "SEED": 0, "SETTINGS": {}}  # of every notebook
 
@@ -111,8 +112,8 @@ def stage_names(run: Run) -> list[str]:
     """All stages of a run up to the fusion variants, each after those it reads."""
     import helpers as h
 
-    fusions = [f"fusion-{variant.name}" for variant in h.TRAINED_VARIANTS]
-    names = [name for name in STAGES if name not in ("fusion", "scores")]
+    fusions = [f"fusion-{variant.name}" for variant in (*h.scored_variants(run), *h.RAW_VARIANTS)]
+    names = [name for name in STAGES if name not in ("fusion", "scores", "claims")]
     if run.profile.freeze_encoders:
         vectors = [name for name in FROZEN_STAGES if name.startswith("vectors-")]
         names = ["splits", "text", "baselines", *vectors, *names[3:]]

@@ -17,7 +17,9 @@ import helpers as h
 from commands.plan import Step, make_plan, runs_of, state
 from engine import settings
 from engine.files import read_json, write_text
+from engine.keys import folder_of, key_of
 from engine.runs import Run, runs_folder
+from engine.stages import is_whole
 
 
 def read_tables(plan: list[Step]) -> list[tuple[str, pd.DataFrame | None]]:
@@ -37,20 +39,51 @@ def read_tables(plan: list[Step]) -> list[tuple[str, pd.DataFrame | None]]:
     return tables
 
 
+def read_claims(plan: list[Step]) -> list[tuple[str, pd.DataFrame]]:
+    """(title, table) of the paper's claims, tested, for each seed whose splits have been scored."""
+    tables = []
+    for seed in sorted({step.run.seed for step in plan}):
+        runs = [run for run in runs_of(plan) if run.seed == seed and is_tested(run)]
+        if not runs:
+            continue
+        table = h.read_claims(runs)[["split", "claim", *EFFECT, "verdict"]]
+        table[["effect", "low", "high"]] = table[["effect", "low", "high"]].map("{:.1f}".format)
+        table["p_holm"] = table["p_holm"].map("{:.2g}".format).replace("nan", "")
+        tables.append((f"The paper's claims, seed {seed}", table))
+    return tables
+
+
+def is_tested(run: Run) -> bool:
+    """Whether the claims have been tested on this run."""
+    return is_whole(folder_of("claims", key_of(run, "claims")))
+
+
+EFFECT = ["n", "effect", "low", "high", "p_holm"]
+ABOUT_CLAIMS = ("Effect on macro-F1 of the test part, in points, with its 95% interval over "
+                "products and fusion seeds (split and encoders are this run's); p corrected for "
+                "the number of claims of a split by Holm's procedure.")
+
+
 def print_tables(plan: list[Step], console: Console) -> None:
-    """The result tables on the console."""
-    note = h.data_note(plan[0].run)
+    """The claims and the result tables on the console."""
+    for title, table in read_claims(plan):
+        print_table(f"{title}. {ABOUT_CLAIMS}", table, console)
     for title, table in read_tables(plan):
         if table is None:
             console.print(title, highlight=False, soft_wrap=True)
             continue
-        shown = Table(title=f"{title}. {note}", title_justify="left", box=rich.box.SIMPLE)
-        readable = h.readable_table(table)
-        for column in readable:
-            shown.add_column(column, justify="left" if column == "model" else "right")
-        for row in readable.itertuples(index=False):
-            shown.add_row(*map(str, row))
-        console.print(shown)
+        print_table(f"{title}. {h.data_note(plan[0].run)}", h.readable_table(table), console)
+
+
+def print_table(title: str, table: pd.DataFrame, console: Console) -> None:
+    """One table on the console."""
+    shown = Table(title=title, title_justify="left", box=rich.box.SIMPLE)
+    for column in table:
+        left = column in ("model", "claim", "verdict")
+        shown.add_column(column, justify="left" if left else "right")
+    for row in table.itertuples(index=False):
+        shown.add_row(*map(str, row))
+    console.print(shown)
 
 
 REPORT = jinja2.Environment(autoescape=True).from_string(
@@ -63,7 +96,7 @@ th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } thead { border-bottom: 2px solid #222 }
 tbody tr { border-bottom: 1px solid #ddd } img { max-width: 100% } figure { margin: 2rem 0 }
 figcaption { color: #666 }
-</style><h1>{{ title }}</h1><p>{{ note }}</p>
+</style><h1>{{ title }}</h1><p>{{ note }} {{ claims }}</p>
 {% for heading, table in tables %}<h2>{{ heading }}</h2>{{ table|safe }}{% endfor %}
 <h2>Notebooks</h2>{{ steps|safe }}
 <h2>Figures</h2>{% for name, path in figures %}<figure><img src="{{ path }}" alt="{{ name }}">
@@ -91,14 +124,14 @@ def write_report(plan: list[Step]) -> Path:
         for path in sorted(each.folder.glob("figures/*.png")):
             name = f"{path.stem}, split {each.split}, seed {each.seed}"
             pictures.append((name, os.path.relpath(path, folder)))
-    tables = []
+    tables = [(title, table.to_html(index=False, border=0)) for title, table in read_claims(plan)]
     for title, table in read_tables(plan):
         page = "" if table is None else h.readable_table(table).to_html(index=False, border=0)
         tables.append((title, page))
     text = REPORT.render(
         title=", ".join(["Hierarchical fusion", f"profile {run.profile.name}",
                          f"{run.protocol} rows", *run.told]),
-        note=h.data_note(run), tables=tables, figures=pictures,
+        note=h.data_note(run), claims=ABOUT_CLAIMS, tables=tables, figures=pictures,
         steps=pd.DataFrame(rows).to_html(index=False, border=0, escape=False))
     write_text(folder / "index.html", text)
     return folder / "index.html"

@@ -39,6 +39,7 @@ LAYOUTS = {
 }
 CLASSES = settings.ROOT / "data" / "rakuten_classes.csv"
 PUBLISHED = settings.ROOT / "data" / "published_results.csv"
+RELEASED = settings.ROOT / "data" / "released_code.csv"
 
 
 @content(lambda run: hash_file(CLASSES))
@@ -51,8 +52,15 @@ def load_classes() -> pd.DataFrame:
 
 @content(lambda run: hash_file(PUBLISHED))
 def load_published() -> pd.DataFrame:
-    """The figures of the paper and of its published code, each with its source."""
+    """The figures of the paper, of its published code, of the challenge and of later public work,
+    each with its source, rows, part and n.
+    """
     return pd.read_csv(PUBLISHED)
+
+
+def load_released() -> pd.DataFrame:
+    """What the paper says and what its released notebooks do, point by point, with the place."""
+    return pd.read_csv(RELEASED)
 
 
 # --- where it lies --------------------------------------------------------------------------------

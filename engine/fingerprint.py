@@ -166,7 +166,7 @@ class _Strip(ast.NodeTransformer):
     def _without_docstring(self, node: ast.AST) -> ast.AST:
         if ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
-        marks = ("content", "makes")
+        marks = ("content", "makes", "fusion")
         node.decorator_list = [mark for mark in node.decorator_list
                                if getattr(getattr(mark, "func", None), "id", None) not in marks]
         return self.generic_visit(node)

@@ -3,6 +3,7 @@ code reads, of the contents that it is given, and of the keys of the stages that
 """
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -38,8 +39,14 @@ def kind_of(name: str) -> str:
 
 
 def info_of(run: Run, name: str) -> StageInfo:
-    """The notebook that makes a stage of this run, and the stages that it reads."""
-    return stage_info(name, run.profile.freeze_encoders)
+    """The notebook that makes a stage of this run, and the stages that it reads; `scores` those of
+    the run's own fusions too.
+    """
+    info = stage_info(name, run.profile.freeze_encoders)
+    if name != "scores":
+        return info
+    own = tuple(f"fusion-{z}-{z}" for z in run.own_fusions)
+    return dataclasses.replace(info, reads=info.reads + own)
 
 
 def recipe_of(run: Run, name: str) -> dict:

@@ -1,6 +1,7 @@
 """A run: one profile on one split with one seed, its folder, and where folders lie."""
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -68,6 +69,27 @@ class Run:
         return f"{readable}~{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
 
     @property
+    def own_fusions(self) -> list[str]:
+        """The names of the Z in the file that the setting `fusions` names; it is read, not run.
+
+        ValueError if there is no such file, if it is no Python, or holds no Z.
+        """
+        if not self.profile.fusions:
+            return []
+        path = from_root(self.profile.fusions)
+        try:
+            names = _entered(path.read_text(encoding="utf-8"))
+        except SyntaxError as error:
+            raise ValueError(f"setting fusions: {path} is no Python: {error.msg}, line "
+                             f"{error.lineno}") from error
+        except OSError:
+            names = []
+        if not names:
+            raise ValueError(f"setting fusions: {path} holds no fusion; write it as a Python file "
+                             "with `@h.fusion(\"<equation>\")` above each function Z")
+        return names
+
+    @property
     def folder(self) -> Path:
         """`runs/<profile>/<protocol>/<split>/seed<k>[+<name>=<value>]`: what is this run's own."""
         place = runs_folder() / self.profile.name / self.protocol / self.split
@@ -111,6 +133,15 @@ def open_run(profile: str, split: str, seed: int, changes: dict | str | None = N
     if type(seed) is not int or seed < 0:
         raise ValueError(f"seed must be a whole number from 0, got {seed!r}")
     return Run(make_profile(profile, changes), one_of("split", split, SPLITS), seed)
+
+
+def _entered(source: str) -> list[str]:
+    """The names of what stands below `@h.fusion(...)` or `@fusion(...)`."""
+    names = []
+    for node in ast.parse(source).body:
+        marks = " ".join(map(ast.unparse, getattr(node, "decorator_list", [])))
+        names += [node.name.lower()] if "fusion(" in marks else []
+    return names
 
 
 def runs_folder() -> Path:

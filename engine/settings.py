@@ -30,6 +30,17 @@ TEXT_STAGES = tuple(name for symbol, name in REPRESENTATIONS.items() if symbol !
 # The fusion models of Tables II, III and V: text fusion, final fusion, head.
 TABLE_FUSIONS = ("concat-concat", "concat-add", "concat-average", "average-average",
                  "average-average-dropout", "average-average-layers")
+# Those beside them: the other pairs of the paper's Z, other Z, other structures.
+OTHER_FUSIONS = (
+    "add-add", "add-concat", "add-average", "average-add", "average-concat",
+    "maximum-maximum", "product-product", "gated-gated", "lowrank-lowrank", "attention-attention",
+    "concat-concat-text", "average-average-text", "concat-concat-P", "concat-concat-T_c+D_c",
+    "concat-concat-flat", "average-average-flat", "attention-attention-flat",
+    "gated-gated-fields", "gated-gated-image", "concat-concat-whole", "average-average-whole",
+    "concat-concat-hidden", "average-average-hidden",
+    # What the released code does otherwise, each alone and together (notebook 10).
+    "average-average-T_c+T_f+P", "average-average-linear", "average-average-last",
+    "average-average-linear-T_c+T_f+P-last")
 
 
 # --- the stages -----------------------------------------------------------------------------------
@@ -51,10 +62,12 @@ STAGES = {
     "seresnext": StageInfo("05_finetune_seresnext", ("splits",)),
     "image_regions": StageInfo("06_regional_features", ("seresnext",)),
     "image_whole": StageInfo("06_regional_features", ("seresnext",)),
-    "fusion": StageInfo("07_hierarchical_fusion", ("splits", *REPRESENTATIONS.values())),
+    "fusion": StageInfo("07_hierarchical_fusion",
+                        ("splits", *REPRESENTATIONS.values(), "image_whole")),
     "scores": StageInfo("08_result_tables", (
         "splits", "baselines", *REPRESENTATIONS.values(), "seresnext", "image_whole",
-        *(f"fusion-{name}" for name in TABLE_FUSIONS))),
+        *(f"fusion-{name}" for name in (*TABLE_FUSIONS, *OTHER_FUSIONS)))),
+    "claims": StageInfo("08_result_tables", ("scores",)),
 }
 # With frozen encoders: the vectors of all chosen products, the same for each split and seed, and
 # what the other stages then read.
@@ -143,6 +156,10 @@ class Profile:
     fusion_epochs: Count = setting(20, "of training a fusion model", "epochs")
     fusion_batch: Count = setting(128, "a step of training a fusion model", "rows")
     fusion_lr: Rate = setting(1e-3, "Adam's learning rate")
+    fusion_seeds: Count = setting(5, "of each fusion, whose scores are averaged", "models")
+    fusions: str = setting("", "a Python file with fusions Z of one's own", "file")
+    modality_dropout: Share = setting(
+        0.3, "how often each modality is hidden in training, in variants named -hidden", "share")
     bootstrap: Count = setting(2000, "behind each 95% interval", "resamples")
     early_stopping: CountOr0 = setting(
         0, "without a better validation macro-F1 before fine-tuning stops; 0: never", "epochs")
@@ -169,7 +186,7 @@ PROFILES = {
     "sample": Profile(
         name="sample", data="data/sample", camembert="small", flaubert="small", seresnext="small",
         text_width=64, text_layers=2, vocabulary=2000, max_length=96, text_lr=1e-3, image_size=80,
-        image_epochs=12, image_lr=3e-3, bootstrap=1000, threads=1, processes=1),
+        image_epochs=12, image_lr=3e-3, fusion_seeds=3, bootstrap=1000, threads=1, processes=1),
     "paper": Profile(),
 }
 # Settings that decide how fast a stage is made and in how much memory, not what it contains.

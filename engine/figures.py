@@ -1,0 +1,127 @@
+"""Figures in the study's look, and what notebooks print between them."""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from IPython.display import Markdown, display
+
+from engine import settings
+from engine.runs import Run
+
+COLOURS = {"camembert": "#004D80", "flaubert": "#3D9BD6", "image": "#D55E00", "fusion": "#222222",
+           "paper": "#767676", "data": "#4F7A6B"}
+COLUMN, PAGE = 3.5, 7.2  # inches
+
+
+def figure(width: float = PAGE, height: float = 3.0, **subplots):
+    """`plt.subplots` in the study's look, whatever a user's own matplotlib settings are."""
+    plt.rcdefaults()
+    sns.set_theme(style="ticks", context="paper", rc={
+        "figure.constrained_layout.use": True, "savefig.dpi": 200, "figure.dpi": 110,
+        "axes.spines.top": False, "axes.spines.right": False,
+        "svg.hashsalt": "hierarchical-fusion", "svg.fonttype": "none"})
+    return plt.subplots(figsize=(width, height), **subplots)
+
+
+def save_figure(run: Run, fig, name: str, data: pd.DataFrame) -> None:
+    """Write <run>/figures/<name>.png, .svg and .csv (the plotted numbers); sample figures say so
+    in a corner.
+    """
+    folder = run.folder / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    if run.synthetic:
+        fig.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))  # keep the corner free
+        fig.text(0.995, 0.005, "synthetic sample", ha="right", fontsize=6, color=COLOURS["paper"],
+                 in_layout=False)
+    fig.savefig(folder / f"{name}.png", metadata={"Software": None})
+    fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    data.to_csv(folder / f"{name}.csv", index=False)
+
+
+def source_colour(model: str) -> str:
+    """The colour of a model's source: an encoder, or fusion, by its name."""
+    sources = {"camembert": "camembert", "flaubert": "flaubert", "resnext": "image",
+               "majority": "paper", "tf-idf": "paper"}
+    for word, source in sources.items():
+        if word in model.lower():
+            return COLOURS[source]
+    return COLOURS["fusion"]
+
+
+def plot_learning_curve(axes: Sequence, curve: pd.DataFrame, label: str, colour: str,
+                        marker: str = "o") -> None:
+    """Losses on the first axes, validation macro-F1 with its best epoch on the second."""
+    loss, f1 = axes
+    style = {"color": colour, "ls": "--" if marker == "s" else "-"}
+    epochs, percent = curve["epoch"], 100 * curve["val_macro_f1"]
+    loss.plot(epochs, curve["train_loss"], alpha=0.4, label=f"{label}, train", **style)
+    loss.plot(epochs, curve["val_loss"], marker=marker, ms=3, label=f"{label}, val", **style)
+    f1.plot(epochs, percent, marker=marker, ms=3, label=label, **style)
+    best = percent.idxmax()
+    f1.plot(epochs[best], percent[best], marker="*", ms=9, color=colour, ls="none")
+    loss.set(xlabel="epoch", ylabel="cross-entropy (nats)")
+    f1.set(xlabel="epoch", ylabel="validation macro-F1 (%)", ylim=(0, 100))
+
+
+def plot_confusion(ax, truth: Sequence[int], predicted: Sequence[int], names: Sequence[str],
+                   place: pd.Series) -> pd.DataFrame:
+    """Shares of each true class (rows sum to 1) as a one-hue map from 0 to 1; returns them.
+
+    `place` maps a label id to its row and column, `names` are the classes in that order.
+    """
+    cells = np.zeros((len(names), len(names)))
+    np.add.at(cells, (place[truth].to_numpy(), place[predicted].to_numpy()), 1)
+    shares = cells / np.maximum(cells.sum(1, keepdims=True), 1)
+    shares = pd.DataFrame(shares, index=list(names), columns=list(names))
+    sns.heatmap(shares, ax=ax, vmin=0, vmax=1, cmap="Greys", cbar=False, square=True,
+                xticklabels=True, yticklabels=True)
+    ax.set(xlabel="predicted class", ylabel="true class")
+    ax.tick_params(labelsize=5, length=0)
+    return shares
+
+
+def plot_scores(ax, scores: pd.DataFrame, metric: str,
+                published: pd.Series | None = None) -> None:
+    """Dots with 95% intervals, ours filled; the paper's figures as open grey diamonds.
+
+    `scores` holds rows of `score_row`; `published` is in percent, indexed like `scores`, NaN where
+    there is none.
+    """
+    places = np.arange(len(scores))[::-1]
+    for place, (_, row) in zip(places, scores.iterrows()):
+        colour, marker = source_colour(row["model"]), "os"["description" in row["model"]]
+        ends = [row[f"{metric}_low"], row[f"{metric}_high"]]
+        ax.plot(ends, [place, place], color=colour, lw=1.2)
+        ax.plot(row[metric], place, marker, color=colour, ms=5)
+    if published is not None:
+        ax.plot(published, places, "D", mfc="none", mec=COLOURS["paper"], ms=5,
+                label="paper, Rakuten data")
+    ax.set(yticks=places, yticklabels=scores["model"], xlabel=f"{metric.replace('_f1', '-F1')} (%)",
+           xlim=(-2, 100))
+    ax.grid(axis="x", lw=0.4)
+
+
+# --- display --------------------------------------------------------------------------------------
+def show(*objects: object) -> None:
+    """The source of things of this study, as they run; the first line says where each stands."""
+    for thing in objects:
+        path = Path(inspect.getsourcefile(thing)).resolve()  # notebooks import from ".."
+        ours = path.is_relative_to(settings.ROOT) and "site-packages" not in path.parts
+        place = path.relative_to(settings.ROOT) if ours else inspect.getmodule(thing).__name__
+        display(Markdown(f"```python\n# {place}\n{inspect.getsource(thing)}```"))
+
+
+def caption(text: str) -> None:
+    """A figure's caption, filled from results, under the figure."""
+    display(Markdown(f"*{text}*"))
+
+
+def note(text: str) -> None:
+    """A sentence of the running text whose numbers come from results."""
+    display(Markdown(text))
