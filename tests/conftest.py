@@ -169,7 +169,7 @@ def write_bert(folder: Path, **size: float) -> Path:
 SMALL = {"camembert": "small", "flaubert": "small", "seresnext": "small", "text_width": 16,
          "text_layers": 1, "vocabulary": 200, "max_length": 32, "text_epochs": 1, "text_lr": 1e-3,
          "image_epochs": 1, "image_size": 64, "region_size": 64, "fusion_epochs": 2,
-         "bootstrap": 50}
+         "fusion_seeds": 2, "bootstrap": 50}
 
 
 def isolate(patch: pytest.MonkeyPatch, folder: Path, catalogue_folder: Path) -> None:

@@ -26,7 +26,8 @@ from engine.keys import MAKERS, kind_of, one_look, recipe_of
 from full_size import write_tables
 
 SETTINGS = {"rows": "all", "camembert": "small", "flaubert": "small", "image_weights": "none",
-            "fusion_epochs": 1, "bootstrap": 200}
+            "fusion_epochs": 1, "fusion_seeds": 1,
+            "bootstrap": 200}
 LIMIT_GB = 6
 CLASSES, WIDTHS = 27, {"P": 2048}  # of texts: 768
 

@@ -178,7 +178,7 @@ def test_folder_named_in_the_environment_is_the_catalogue(run, tiny_ens, tmp_pat
 # --- what a stage is given of it ------------------------------------------------------------------
 IMAGES = {"seresnext", "image_regions", "image_whole"}
 TEXTS = {"text", "baselines", *h.TEXT_STAGES}
-ENDS = {"fusion-concat-add", "scores"}  # they stand on everything
+ENDS = {"fusion-concat-add", "scores", "claims"}  # they stand on everything
 PLAIN = {name for name in STAGES if name != "fusion"} | {"fusion-concat-add"}
 FROZEN = {"freeze_encoders": True, "camembert": "nobody/a", "flaubert": "nobody/b"}
 

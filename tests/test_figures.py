@@ -116,24 +116,24 @@ def test_scores_are_dots_with_their_intervals_and_the_papers_are_open_diamonds()
 def shown(monkeypatch):
     """The texts that are shown in the notebook, in order."""
     texts = []
-    monkeypatch.setattr(h, "display", lambda markdown: texts.append(markdown.data))
+    monkeypatch.setattr("engine.figures.display", lambda markdown: texts.append(markdown.data))
     return texts
 
 
 def test_show_says_first_where_the_code_stands_and_then_the_code(shown):
-    h.show(h.fuse, h.clean_text, h.EpochSampler, nn.Linear)
+    h.show(h.Join, h.clean_text, h.EpochSampler, nn.Linear)
     places = [text.splitlines()[1] for text in shown]
     assert places == ["# helpers.py", "# engine/texts.py", "# engine/training.py",
                       "# torch.nn.modules.linear"]
-    source = inspect.getsource(h.fuse)
+    source = inspect.getsource(h.Join)
     assert shown[0] == f"```python\n# helpers.py\n{source}```"
-    assert source.startswith("def fuse(how: str, a: Tensor, b: Tensor) -> Tensor:")
+    assert source.startswith("class Join(nn.Module):")
 
 
 def test_show_says_the_same_place_in_a_notebook_that_imports_from_the_folder_above(
         shown, monkeypatch):
     above = ROOT / "notebooks" / ".."  # so sys.path has it there
-    monkeypatch.setattr(h.inspect, "getsourcefile",
+    monkeypatch.setattr("engine.figures.inspect.getsourcefile",
                         lambda thing: str(above / "engine" / "texts.py"))
     h.show(h.clean_text)
     assert shown[0].splitlines()[1] == "# engine/texts.py"

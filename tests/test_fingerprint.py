@@ -16,12 +16,14 @@ FUSIONS = {f"fusion-{name}" for name in TABLE_FUSIONS}
 EVERY_STAGE = frozenset(STAGES) - {"fusion"} | FUSIONS
 
 # Stages that stand on one another, as the tests below name them.
-ON_FUSION = FUSIONS | {"scores"}
+ON_SCORES = {"scores", "claims"}
+ON_FUSION = FUSIONS | {"scores", "claims"}
 ON_IMAGES = {"seresnext", "image_regions", "image_whole"} | ON_FUSION
 ON_TEXT_ENCODERS = {*TEXT_STAGES} | ON_FUSION
 ON_ENCODERS = ON_TEXT_ENCODERS | ON_IMAGES
 ON_TEXT = {"text", "baselines"} | ON_TEXT_ENCODERS
 ON_SPLITS = EVERY_STAGE - {"text"}
+AVERAGED = {name for name in FUSIONS if "average" in name} | ON_SCORES
 NOTHING = set()
 
 
@@ -89,15 +91,15 @@ def add(monkeypatch):
     ("engine.pictures", "cannot be read (", "is not to be read ("),  # an error
     ("engine.texts", '"""Plain text: entities decoded', '"""Only text: entities decoded'),
     ("helpers", "# AdamW without decay: Adam", "# which is Adam"),
-    ("helpers", "def fuse(how: str, a: Tensor, b: Tensor) -> Tensor:", "def fuse(how, a, b):"),
+    ("engine.fusions", "def add(*x: Tensor) -> Tensor:", "def add(*x):"),
+    ("engine.fusions", '@fusion(r"x_1 + x_2", PAPER)', '@fusion("their sum", PAPER)'),
     ("engine.texts", 'how: str = "paper") -> str:', 'how: object = "paper") -> object:'),
-    ("helpers", "total = a + b", "total: Tensor = a + b"),
-    ("helpers", 'text_fusion: str\n', 'text_fusion: "one of FUSIONS"\n'),  # a field's type
+    ("engine.variants", 'text_fusion: str\n', 'text_fusion: "one of FUSIONS"\n'),  # a field's type
     ("engine.processes", "timedelta(hours=6)", "timedelta(hours=7)"),
     ("engine.processes", "seconds: float = 120", "seconds: float = 240"),
     ("engine.progress", "every: float = 0.5", "every: float = 0.6"),
     ("engine.training", "import timm\n", "import timm\nimport this\n"),
-    ("helpers", "COLUMN, PAGE = 3.5, 7.2", "COLUMN, PAGE = 3.4, 7.2"),  # of figures
+    ("engine.figures", "COLUMN, PAGE = 3.5, 7.2", "COLUMN, PAGE = 3.4, 7.2"),  # of figures
     ("helpers", "assert split[", "assert 1 and split["),
 ])
 def test_what_decides_nothing_changes_no_key(run, change, room, old, new):
@@ -190,21 +192,29 @@ BROKEN = [
     ("engine.image_models", "SmallSENet.__init__", ON_IMAGES),
     ("engine.image_models", "fit_weights", ON_IMAGES),
     ("helpers", "make_split", ON_SPLITS),
-    ("helpers", "tfidf_baseline", {"baselines", "scores"}),
+    ("helpers", "tfidf_baseline", {"baselines", *ON_SCORES}),
     ("helpers", "TextEncoder.forward", ON_TEXT_ENCODERS),
     ("helpers", "finetune", ON_ENCODERS),
     ("helpers", "augmentation", ON_IMAGES),
     ("helpers", "split_regions", {"image_regions"} | ON_FUSION),
-    ("helpers", "fuse", ON_FUSION),
+    ("engine.fusions", "average", AVERAGED),
+    ("engine.fusions", "Fusion.make", ON_FUSION),
+    ("engine.fusions", "Gated.forward", ON_SCORES),  # which stand on all variants
+    ("engine.variants", "named_variant", ON_FUSION),
+    ("helpers", "Join.forward", ON_FUSION),
     ("helpers", "train_step", ON_FUSION),
     ("helpers", "HierarchicalFusion.forward", ON_FUSION),
-    ("helpers", "score", ON_ENCODERS),  # their best epoch is chosen by it
-    ("helpers", "score_row", {"scores"}),
-    ("helpers", "bootstrap", {"scores"}),
-    ("helpers", "paper_table", {"scores"}),
+    ("engine.scores", "score", ON_ENCODERS),  # their best epoch is chosen by it
+    ("engine.scores", "score_row", ON_SCORES),
+    ("engine.scores", "bootstrap", ON_SCORES),
+    ("engine.scores", "contrast", {"claims"}),
+    ("engine.claims", "recommend", {"claims"}),
+    ("engine.late_fusion", "stack", ON_SCORES),
+    ("engine.analysis", "reliability", NOTHING),
+    ("helpers", "paper_table", ON_SCORES),
     ("helpers", "compare", NOTHING),
     ("helpers", "predict_products", NOTHING),
-    ("helpers", "plot_scores", NOTHING),
+    ("engine.figures", "plot_scores", NOTHING),
 ]
 
 
@@ -220,8 +230,8 @@ def test_a_line_makes_stale_what_stands_on_it_and_nothing_else(run, add, room, n
     ("engine.image_models", "(0.485, 0.456, 0.406)", "(0.484, 0.456, 0.406)", ON_IMAGES),
     ("engine.image_models", "planes // 4", "planes // 2", ON_IMAGES),  # the small network's width
     ("engine.training", "max_grad_norm=1.0", "max_grad_norm=2.0", ON_ENCODERS),
-    ("helpers", "return total / 2", "return total / 3", ON_FUSION),
-    ("helpers", 'OUR_MODEL = {', 'OUR_MODEL = {"x": "y",', {"scores"}),
+    ("engine.fusions", "return sum(x) / len(x)", "return sum(x) / 3", AVERAGED),
+    ("helpers", 'OUR_MODEL = {', 'OUR_MODEL = {"x": "y",', ON_SCORES),
 ])
 def test_a_number_makes_stale_what_it_decides_and_nothing_else(run, change, room, old, new,
                                                                expected):
@@ -237,7 +247,7 @@ TEXT_VECTORS = {f"vectors-{name}" for name in TEXT_STAGES}
 
 
 @pytest.mark.parametrize("room, name, expected", [
-    ("helpers", "build_frozen", ON_TEXT_ENCODERS | {"seresnext", "scores"}),
+    ("helpers", "build_frozen", ON_TEXT_ENCODERS | {"seresnext", *ON_SCORES}),
     ("engine.image_models", "SmallSENet.__init__", VECTORS - TEXT_VECTORS | ON_IMAGES),
     ("engine.text_checkpoints", "load_checkpoint", TEXT_VECTORS | ON_TEXT_ENCODERS),
     ("engine.vectors", "encode_rows", VECTORS | ON_ENCODERS),

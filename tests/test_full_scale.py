@@ -153,7 +153,7 @@ def test_frozen_encoders_of_full_size_on_the_ens_layout(ens, full, tmp_path, mon
     for symbol, representation in h.read_representations(run, ids).items():
         assert representation.shape == (81, 2048 if symbol == "P" else 768)
         assert representation.std(0).mean() > 0
-    assert (h.read_stage(run, "fusion-concat-concat") / "model.safetensors").exists()
+    assert (h.read_stage(run, "fusion-concat-concat") / "model-0.safetensors").exists()
 
 
 @pytest.mark.slow  # the catalogue and the checkpoints take half a minute

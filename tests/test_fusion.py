@@ -3,6 +3,8 @@ numpy.
 """
 import inspect
 import itertools
+import linecache
+import re
 
 import numpy as np
 import pandas as pd
@@ -14,10 +16,15 @@ from sklearn.metrics import f1_score
 from torch.nn.functional import adaptive_max_pool1d, conv1d, cross_entropy
 
 import helpers as h
+from engine import fusions
+from engine.keys import info_of, key_of
+from engine.settings import OTHER_FUSIONS, TABLE_FUSIONS
+from helpers import Join
 
 D, P_WIDTH, CLASSES = 8, 20, 5
 WIDTHS = {"T_c": D, "D_c": D, "T_f": D, "D_f": D, "P": P_WIDTH}
-PAIRS = list(itertools.product(h.FUSIONS, h.FUSIONS))
+PAPER = ("add", "concat", "average")
+PAIRS = list(itertools.product(PAPER, PAPER))
 pairs = pytest.mark.parametrize("text, final", PAIRS)
 
 
@@ -40,12 +47,78 @@ def model_of(text: str, final: str, seed: int = 0, **more) -> h.HierarchicalFusi
 ])
 def test_fuse_as_worked_by_hand(how, expected):
     a, b = torch.tensor([[1.0, 2.0], [0.0, 4.0]]), torch.tensor([[5.0, -3.0], [3.0, 5.0]])
-    assert h.fuse(how, a, b).tolist() == expected
+    assert h.FUSIONS[how].make(2, 2)(a, b).tolist() == expected
 
 
-def test_unknown_fusion_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match="'multiply'.*add, concat, average"):
-        h.fuse("multiply", torch.zeros(1, 2), torch.zeros(1, 2))
+@pytest.mark.parametrize("how, expected", [
+    ("add", [6, 3, 6]), ("concat", [1, 2, 3, 4, 0, 2, 1, 1, 1]), ("average", [2, 1, 2]),
+    ("maximum", [4, 2, 3]), ("product", [4, 0, 6])])
+def test_three_vectors_are_fused_as_worked_by_hand(how, expected):
+    x = torch.tensor([[1.0, 2, 3]]), torch.tensor([[4.0, 0, 2]]), torch.tensor([[1.0, 1, 1]])
+    assert h.FUSIONS[how].make(3, 3)(*x)[0].tolist() == expected
+    assert h.FUSIONS[how].width(3, 3) == len(expected)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def test_a_gate_of_two_is_that_of_arevalo():
+    """h = z tanh(W_a a) + (1 - z) tanh(W_b b), z = sigmoid(W_z [a, b])."""
+    gated = h.FUSIONS["gated"].make(3, 2)
+    w = {name: value.detach().numpy().astype(float) for name, value in gated.named_parameters()}
+    a, b = np.random.default_rng(0).normal(size=(2, 5, 3))
+    read = [np.tanh(x @ w[f"read.{i}.weight"].T + w[f"read.{i}.bias"])
+            for i, x in enumerate((a, b))]
+    gates = np.concatenate([a, b], 1) @ w["gates.weight"].T + w["gates.bias"]
+    z = sigmoid(gates[:, :3] - gates[:, 3:])
+    found = gated(torch.tensor(a).float(), torch.tensor(b).float()).detach().numpy()
+    assert np.allclose(found, z * read[0] + (1 - z) * read[1], atol=1e-5)
+
+
+def test_low_rank_is_a_bilinear_form_of_each_coordinate():
+    """The same as [a, 1]' B_k [b, 1], with B_k the sum of four outer products."""
+    z = h.FUSIONS["lowrank"].make(3, 2)
+    w = [np.concatenate([f.weight.detach().numpy(), f.bias.detach().numpy()[:, None]], 1)
+         .reshape(4, 3, 4) for f in z.factors]  # rank, coordinate, [x, 1]
+    a, b = np.random.default_rng(1).normal(size=(2, 5, 3))
+    ones = np.ones((5, 1))
+    bilinear = np.einsum("rki,rkj->kij", *w)
+    expected = np.einsum("ni,kij,nj->nk", np.hstack([a, ones]), bilinear, np.hstack([b, ones]))
+    found = z(torch.tensor(a).float(), torch.tensor(b).float()).detach().numpy()
+    assert np.allclose(found, expected, atol=1e-5)
+
+
+def test_attention_weighs_each_representation_by_what_it_holds():
+    z = h.FUSIONS["attention"].make(3, 2)
+    w = [value.detach().numpy() for value in z.parameters()]  # W, its bias, v, its bias
+    x = np.random.default_rng(2).normal(size=(2, 5, 3))
+    scores = np.tanh(x @ w[0].T + w[1]) @ w[2].T + w[3]
+    shares = np.exp(scores) / np.exp(scores).sum(0)
+    found = z(*torch.tensor(x).float()).detach().numpy()
+    assert np.allclose(found, (shares * x).sum(0), atol=1e-5)
+    z.weigh[2].weight.data.zero_()  # no preference: their mean
+    assert np.allclose(z(*torch.tensor(x).float()).detach(), x.mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("how", h.FUSIONS)
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_each_fusion_joins_any_number_and_says_how_wide_it_is(how, n):
+    fusion, x = h.FUSIONS[how], [torch.randn(4, 6) for _ in range(n)]
+    state = torch.random.get_rng_state()
+    assert fusion.make(6, n)(*x).shape == (4, fusion.width(6, n))
+    torch.random.set_rng_state(state)
+    fusion.width(6, n)
+    assert torch.equal(torch.random.get_rng_state(), state)  # draws no initial weights
+    assert fusion.equation and fusion.source
+
+
+def test_unknown_fusion_is_named_with_the_known_ones(run):
+    known = "'multiply'.*add, concat, average, maximum, product, gated, lowrank, attention"
+    with pytest.raises(ValueError, match=known):
+        h.fusion_of(run, "multiply")
+    with pytest.raises(ValueError, match=known):
+        h.HierarchicalFusion(WIDTHS, h.Variant("multiply", "add"))
 
 
 # --- reduction of P, heads ------------------------------------------------------------------------
@@ -179,10 +252,80 @@ def test_every_representation_counts(text, final):
         assert not torch.allclose(h.predict_fusion(model, x), changed, atol=1e-4), name
 
 
+# --- structures -----------------------------------------------------------------------------------
+def join_of(structure: str, outer: str = "concat", inner: str = "add") -> torch.Tensor:
+    """What a structure gives of T_c = 1, D_c = 10, T_f = 100, D_f = 1000 and P = 10000."""
+    join = Join(h.Variant(inner, outer, structure=structure).tree, 1, inner, outer)
+    x = {symbol: torch.tensor([[10.0 ** i]]) for i, symbol in enumerate(WIDTHS)}
+    return join(x)[0].tolist()
+
+
+@pytest.mark.parametrize("structure, expected", [
+    ("encoders", [10_000, 1_111]),
+    ("fields", [10_000, 1_111]),
+    ("image", [21_100, 20_011]),
+    ("flat", [10_000, 100, 1_000, 1, 10]),
+    ("text", [1_100, 11]),
+    ("T_c+P", [1, 10_000]), ("P", [10_000])])
+def test_structures_join_what_they_say(structure, expected):
+    assert join_of(structure) == expected
+
+
+def test_what_is_joined_first_differs_between_encoders_and_fields():
+    x = {symbol: torch.tensor([[10.0 ** i]]) for i, symbol in enumerate(WIDTHS)}
+    x["P"] = torch.zeros(1, 4)
+    inner = {structure: Join(h.STRUCTURES[structure], 1, "concat", "add")(x)[0].tolist()
+             for structure in ("encoders", "fields")}
+    assert inner == {"encoders": [100, 1_000, 1, 10], "fields": [100, 1, 1_000, 10]}
+
+
+@pytest.mark.parametrize("name", [*TABLE_FUSIONS, *OTHER_FUSIONS])
+def test_every_scored_variant_reads_what_its_name_says_and_no_more(name):
+    variant = h.named_variant(name)
+    assert variant.name == name
+    model = h.HierarchicalFusion(WIDTHS, variant, CLASSES).eval()
+    x = rows_of(6)
+    before = h.predict_fusion(model, x)
+    for symbol in WIDTHS:
+        after = h.predict_fusion(model, {**x, symbol: x[symbol] + 1})
+        assert torch.allclose(before, after) is (symbol not in variant.symbols), symbol
+    whole = {"text": list(WIDTHS)[:4], "P": ["P"], "T_c+D_c": ["T_c", "D_c"],
+             "T_c+T_f+P": ["T_c", "T_f", "P"]}
+    assert variant.symbols == whole.get(variant.structure, list(WIDTHS))
+
+
+@pytest.mark.parametrize("name", ["concat", "concat-add-deep", "concat-add-raw-dropout",
+                                  "concat-add-T_c+X", "concat-add-basic", "concat-add-encoders"])
+def test_a_name_of_no_variant_is_refused(name):
+    with pytest.raises(ValueError, match=f"unknown variant '{re.escape(name)}'; a variant is"):
+        h.named_variant(name)
+
+
+# --- modalities -----------------------------------------------------------------------------------
+def test_hidden_modalities_are_hidden_together_and_never_all():
+    x = {name: torch.ones(4000, 2) for name in WIDTHS}
+    hidden = h.hide_modalities(x, {name: torch.zeros(2) for name in WIDTHS}, 0.3)
+    gone = {name: (rows == 0).all(1) for name, rows in hidden.items()}
+    assert torch.equal(gone["T_c"], gone["T_f"]) and torch.equal(gone["D_c"], gone["D_f"])
+    assert not (gone["T_c"] & gone["D_c"] & gone["P"]).any()
+    share = 0.3 - 0.3 ** 3  # without the rows of which nothing would be left
+    for name in ("T_c", "D_c", "P"):
+        assert gone[name].float().mean().item() == pytest.approx(share, abs=0.03)
+    assert (x["T_c"] == 1).all()  # the caller's stay as they are
+
+
+def test_modalities_are_hidden_while_training_alone():
+    model = h.HierarchicalFusion(WIDTHS, h.Variant("add", "add", hide=True), CLASSES, hide=0.5)
+    x = rows_of(20)
+    model.train()
+    assert not torch.equal(model(**x), model(**x))
+    assert torch.equal(h.predict_fusion(model, x), h.predict_fusion(model, x))
+
+
 def test_variants_of_the_tables_have_names_of_their_own():
     choices = itertools.product(PAIRS, h.HEADS, (True, False))
     names = {h.Variant(*pair, head, standardise).name for pair, head, standardise in choices}
-    assert len(names) == 9 * 3 * 2
+    assert len(names) == 9 * 4 * 2
     assert h.Variant("concat", "add").name == "concat-add"
     assert h.Variant("average", "average", "dropout", False).name == "average-average-dropout-raw"
 
@@ -344,26 +487,33 @@ def test_stage_trains_on_the_training_part_and_its_model_loads(featured, standar
     run, split = featured()
     variant = h.Variant("average", "average", standardise=standardise)
     folder = h.stage(run, f"fusion-{variant.name}")
-    saved = load_file(folder / "model.safetensors")
+    saved = load_file(folder / "model-0.safetensors")
     training = h.read_representations(run, split.loc[split["part"] == "train", "product_id"])
     expected = training["P"].mean(0) if standardise else torch.zeros(P_WIDTH)
     assert torch.allclose(saved["mean_P"], expected, atol=1e-5)
     val = split[split["part"] == "val"]
     x = h.read_representations(run, val["product_id"])
     probabilities = h.fusion_probabilities(run, variant, x)
-    assert probabilities.shape == (len(val), 27)
-    assert torch.allclose(probabilities.sum(1), torch.ones(len(val)), atol=1e-5)
-    curve = pd.read_csv(folder / "curve.csv")
-    accuracy = (probabilities.argmax(1).numpy() == val["label_id"].to_numpy()).mean()
-    assert accuracy == pytest.approx(curve.loc[curve["val_macro_f1"].idxmax(), "val_accuracy"])
+    assert probabilities.shape == (len(val), 2, 27)
+    assert torch.allclose(probabilities.sum(2), torch.ones(len(val), 2), atol=1e-5)
+    curves, best = pd.read_csv(folder / "curve.csv"), []
+    for k, curve in curves.groupby("fusion_seed"):
+        accuracy = (probabilities[:, k].argmax(1).numpy() == val["label_id"].to_numpy()).mean()
+        best.append(curve.loc[curve["val_macro_f1"].idxmax(), "val_accuracy"])
+        assert accuracy == pytest.approx(best[-1])
+    metrics = h.read_manifest(run, folder.name.rpartition("-")[0])["metrics"]
+    assert metrics["seeds"] == len(best) == 2
+    assert metrics["val_accuracy"] == pytest.approx(np.mean(best))
+    assert not torch.equal(probabilities[:, 0], probabilities[:, 1])
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["curve.csv", "manifest.json", "model.safetensors"]
+    assert names == ["curve.csv", "manifest.json", "model-0.safetensors", "model-1.safetensors"]
 
 
 def test_setting_standardise_reaches_the_variants(featured):
     run, _ = featured(standardise=False)
-    saved = load_file(h.stage(run, "fusion-add-add") / "model.safetensors")
+    saved = load_file(h.stage(run, "fusion-add-add") / "model-0.safetensors")
     assert (saved["mean_P"] == 0).all() and (saved["std_P"] == 1).all()
+    assert (saved["missing_P"] != 0).all()  # what is missing is the mean all the same
 
 
 def test_a_column_that_hardly_varies_is_only_centred():
@@ -402,3 +552,129 @@ def test_fusion_draws_its_rows_in_another_order_each_epoch(monkeypatch):
     first, second = np.array(drawn).reshape(2, 16).astype(int).tolist()
     assert sorted(first) == sorted(second) == list(range(16))
     assert first != sorted(first) and first != second
+
+
+def test_a_missing_modality_is_the_mean_of_the_training_rows(featured):
+    run, split = featured()
+    variant = h.named_variant("average-average")
+    h.stage(run, "fusion-average-average")
+    x = h.read_representations(run, split["product_id"])
+    training = h.read_representations(run, split.loc[split["part"] == "train", "product_id"])
+    means = {name: rows.mean(0).expand_as(x[name]) for name, rows in training.items()}
+    without = {**x, "D_c": means["D_c"], "D_f": means["D_f"]}
+    found = h.fusion_probabilities(run, variant, x, ["description"])
+    assert torch.allclose(found, h.fusion_probabilities(run, variant, without), atol=1e-5)
+    assert not torch.allclose(found, h.fusion_probabilities(run, variant, x), atol=1e-3)
+
+
+# --- a Z of one's own -----------------------------------------------------------------------------
+OWN = """import math
+import helpers as h
+
+@h.fusion(r"\\sqrt{x_1 x_2}")
+def geometric(*x):
+    return math.prod(x).abs().sqrt()
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A file with one Z, forgotten afterwards."""
+    path = tmp_path / "mine.py"
+    path.write_text(OWN)
+    monkeypatch.setattr("engine.fusions.FUSIONS", dict(h.FUSIONS))
+    monkeypatch.setattr(h, "FUSIONS", fusions.FUSIONS)
+    return path
+
+
+def test_a_fusion_of_ones_own_is_trained_and_scored_with_the_others(featured, own):
+    run, split = featured(fusions=str(own))
+    assert [variant.name for variant in h.scored_variants(run)][-1] == "geometric-geometric"
+    assert "fusion-geometric-geometric" in info_of(run, "scores").reads
+    folder = h.stage(run, "fusion-geometric-geometric")
+    assert (folder / "model-1.safetensors").exists()
+    x = h.read_representations(run, split["product_id"])
+    found = h.fusion_probabilities(run, h.named_variant("geometric-geometric"), x)
+    assert found.shape == (len(split), 2, 27)
+    other = h.open_run("paper", run.split, run.seed, {**run.changed, "fusions": ""})
+    assert h.stage(other, "fusion-add-add") == h.stage(run, "fusion-add-add")
+
+
+def test_another_code_of_ones_own_fusion_is_another_stage(featured, own):
+    run, _ = featured(fusions=str(own))
+    keys = {name: key_of(run, f"fusion-{name}") for name in ("geometric-add", "add-add")}
+    own.write_text(OWN.replace("import math", "import math\nHALF = 2"))  # all of the file counts
+    assert key_of(run, "fusion-geometric-add") != keys["geometric-add"]
+    assert key_of(run, "fusion-add-add") == keys["add-add"]
+    own.write_text(OWN.replace(".sqrt()", ".sqrt() + 1"))
+    x = torch.tensor([[4.0]]), torch.tensor([[9.0]])
+    assert h.fusion_of(run, "geometric").z(*x).item() == 7  # what runs is what is written
+
+
+def test_the_file_stands_for_a_name_and_not_a_notebooks_cell(featured, own):
+    run, _ = featured(fusions=str(own))
+    key = key_of(run, "fusion-geometric-add")
+
+    @h.fusion("0")
+    def geometric(*x):
+        return 0 * x[0]
+
+    assert h.FUSIONS["geometric"].z is geometric
+    assert key_of(run, "fusion-geometric-add") == key
+    assert h.fusion_of(run, "geometric").z(torch.ones(1), torch.ones(1)).item() == 1
+
+
+def test_another_code_of_a_notebooks_fusion_is_another_stage(run, own):
+    keys = []
+    for code in ("x[0]", "x[1]"):
+        text = f"def first(*x):\n    return {code}\n"
+        cell, names = f"<cell {code}>", {"__name__": "__main__"}
+        linecache.cache[cell] = (len(text), None, text.splitlines(True), cell)
+        exec(compile(text, cell, "exec"), names)
+        h.fusion("one of them")(names["first"])
+        keys.append(key_of(run, "fusion-first-add"))
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize("text, said", [
+    (None, "holds no fusion; write it as"), ("x = 1\n", "holds no fusion; write it as"),
+    ("x = 1\ndef f(:\n", "is no Python: invalid syntax, line 2")])
+def test_a_file_without_a_fusion_is_named(make_run, tmp_path, text, said):
+    path = tmp_path / "mine.py"
+    if text:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=f"setting fusions: .*mine.py {said}"):
+        h.scored_variants(make_run(fusions=str(path)))
+
+
+def test_a_fusion_of_the_study_is_not_replaced(own):
+    def average(*x):
+        return x[0]
+
+    with pytest.raises(ValueError, match="'average' is a fusion of this study: give yours"):
+        h.fusion("x_1")(average)
+    with pytest.raises(ValueError, match="a fusion needs a name, got '<lambda>'"):
+        h.fusion("x_1")(lambda *x: x[0])
+    assert h.FUSIONS["average"].z is h.average
+
+
+# --- what the released code does otherwise --------------------------------------------------------
+def test_a_single_linear_layer_is_a_head():
+    (layer,) = h.make_head(40, 27, "linear", 0.3)
+    assert (layer.in_features, layer.out_features) == (40, 27)
+
+
+def test_the_last_epoch_is_kept_where_a_variant_says_so():
+    (x, y), (val, val_y) = labelled(120, 1, 4.0), labelled(60, 2, 4.0)
+    rows = {name: torch.cat([val[name], x[name]]) for name in val}
+    labels, scores = torch.cat([val_y, y]), []
+    for keep_last in (False, True):
+        model = model_of("average", "average", 0)
+        curve = h.train_fusion(model, rows, labels, torch.arange(60, 180), torch.arange(60),
+                               epochs=12, batch=32, lr=5e-3, seed=0, label="test",
+                               keep_last=keep_last)
+        found = h.predict_fusion(model, val).argmax(1)
+        scores.append(f1_score(val_y, found, average="macro"))
+    assert scores[0] == pytest.approx(curve["val_macro_f1"].max())
+    assert scores[1] == pytest.approx(curve["val_macro_f1"].iloc[-1]) and scores[1] < scores[0]
+    assert h.named_variant("average-average-last").last

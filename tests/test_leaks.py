@@ -64,7 +64,7 @@ def make_all(run: h.Run, names) -> dict:
 
 def fitted(folders: dict) -> dict[str, str]:
     """The hash of each file that holds something fitted."""
-    kinds = ("encoder/*", "encoder.safetensors", "head.safetensors", "model.safetensors")
+    kinds = ("encoder/*", "encoder.safetensors", "head.safetensors", "model-*.safetensors")
     return {f"{name}: {path.name}": fast_hash(path) for name, folder in folders.items()
             for kind in kinds for path in folder.glob(kind)}
 

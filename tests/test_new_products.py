@@ -53,7 +53,7 @@ def test_submission_holds_what_the_stages_predict(make_run, request, monkeypatch
     products = h.load_catalogue(folder).set_index("product_id", drop=False)
     make_unlabelled(folder, products.loc[ids])
     # As the stage `scores` does it.
-    expected = h.fusion_probabilities(run, VARIANT, h.read_representations(run, ids))
+    expected = h.fusion_probabilities(run, VARIANT, h.read_representations(run, ids))[:, 0]
     found = h.predict_products(run, load_test_products(folder), VARIANT)
     assert torch.allclose(found, expected, atol=1e-5)
     path = write_submission(run, VARIANT)
@@ -114,6 +114,6 @@ def test_a_run_without_the_variant_says_how_to_make_it(run, tiny_ens, monkeypatc
 def test_variants_are_known_by_their_names():
     assert all(h.named_variant(variant.name) == variant for variant in h.TABLE_VARIANTS)
     raw = h.Variant("add", "concat", "layers", standardise=False)
-    assert h.named_variant("add-concat-layers-raw") == raw
-    with pytest.raises(ValueError, match="unknown variant 'concat'.*concat-add"):
+    assert h.named_variant(raw.name) == raw
+    with pytest.raises(ValueError, match="unknown variant 'concat'; a variant is .*concat-add"):
         h.named_variant("concat")

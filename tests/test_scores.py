@@ -11,7 +11,10 @@ from sklearn.metrics import classification_report
 
 import helpers as h
 from commands.plan import stage_names
+from engine.claims import CLAIMS
 from engine.runs import runs_folder
+from engine.scores import confusion_cells, scores_of_cells
+from engine.settings import OTHER_FUSIONS
 
 # Six rows of three classes: class 0 has 2 of 3 right, class 1 has 1 of 2, class 2 has 1 of 1.
 TRUTH, PREDICTED = [0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2]
@@ -64,14 +67,13 @@ def test_macro_f1_is_over_the_classes_that_occur_in_the_truth():
     assert found["weighted_f1"] == pytest.approx((2 * 1 + 2 * 2 / 3) / 4)
 
 
-def test_scores_of_a_confusion_equal_score_on_resampled_rows():
+def test_scores_of_cells_equal_score_on_resampled_rows():
     truth, predicted = random_rows(40, seed=3)
     for seed in range(30):
         rows = np.random.default_rng(seed).integers(0, 12, 40)  # some classes are missing
-        cells = np.zeros((7, 7), int)
-        np.add.at(cells, (truth[rows], predicted[rows]), 1)
+        found = scores_of_cells(confusion_cells(truth[rows], predicted[rows]))
         expected = h.score(truth[rows], predicted[rows])
-        assert h._scores_of_confusion(cells) == pytest.approx(tuple(expected.values()))
+        assert found[0] == pytest.approx(list(expected.values()))
 
 
 def test_bootstrap_equals_scipys_with_score_as_the_statistic():
@@ -261,6 +263,9 @@ def times_of_stages() -> dict:
     return {path: path.stat().st_mtime_ns for path in manifests}
 
 
+ONE_SEED = {*h.BASELINES, *h.ENCODER_MODELS, *h.LATE_FUSIONS}
+
+
 @pytest.mark.slow
 def test_chain_ends_in_the_test_parts_scores(make_run):
     run = make_run(image_size=32, region_size=32, grid=8, image_batch=16)
@@ -271,11 +276,13 @@ def test_chain_ends_in_the_test_parts_scores(make_run):
     predictions = h.load_tensors(folder / "predictions.safetensors", test["product_id"])
     assert predictions.pop("label_id").tolist() == test["label_id"].tolist()
     table = pd.read_csv(folder / "scores.csv").set_index("model")
-    assert set(table.index) == set(predictions) and len(table) == 4 + 5 + 6
+    assert set(table.index) == set(predictions) and len(table) == 4 + 5 + 6 + len(OTHER_FUSIONS) + 3
     assert set(table["n"]) == {len(test)}
     for model, each in predictions.items():
-        assert torch.allclose(each.sum(1), torch.ones(len(test)), atol=1e-4)
-        right = (each.argmax(1).numpy() == test["label_id"].to_numpy()).mean()
+        assert torch.allclose(each.sum(-1), torch.tensor(1.0), atol=1e-4)
+        seeds = each.argmax(-1).reshape(len(test), -1).numpy()
+        assert seeds.shape[1] == (1 if model in ONE_SEED else run.profile.fusion_seeds)
+        right = (seeds == test["label_id"].to_numpy()[:, None]).mean()
         assert table.loc[model, "accuracy"] == pytest.approx(100 * right)
     tables = sorted(path.name for path in folder.glob("table_*"))
     assert tables == ["table_I.csv", "table_II.csv", "table_III.csv"]
@@ -285,6 +292,15 @@ def test_chain_ends_in_the_test_parts_scores(make_run):
     h.stage(run, "scores")
     h.stage(run, "seresnext")
     assert times_of_stages() == before and len(before) == len(stage_names(run)) + 1
+    again = h.read_predictions(run)[1]
+    assert again.keys() == predictions.keys()
+    for model, labels in again.items():
+        assert labels.tolist() == predictions[model].argmax(-1).tolist()
+    metrics = h.read_manifest(run, h.stage(run, "claims").name.rpartition("-")[0])["metrics"]
+    assert metrics["best single encoder"] in h.ENCODER_MODELS
+    assert metrics["recommended"] in predictions
+    claims = h.read_claims([run])
+    assert claims["claim"].tolist() == list(CLAIMS) and set(claims["n"]) == {len(test)}
     described = h.describe_stages(run, "splits", "seresnext", "scores")
     assert described["stage"].tolist() == ["splits", "seresnext", "scores"]
     assert (described["seconds"] >= 0).all()

@@ -155,7 +155,7 @@ def test_comments_and_docstrings_do_not_count(run, fake_stage, monkeypatch):
 def test_changed_helper_builds_again_even_if_it_is_called_by_another(run, fake_stage, monkeypatch):
     fake_stage("text", clean_something)
     folder = h.stage(run, "text")
-    for room, function in (("helpers", "def fuse(how: str, a: Tensor, b: Tensor) -> Tensor:\n"),
+    for room, function in (("engine.fusions", "def add(*x: Tensor) -> Tensor:\n"),
                            ("engine.texts", "def strip_html(text: str) -> str:\n")):
         assert h.read_stage(run, "text") == folder  # clean_text does not call fuse
         source = fingerprint.SOURCES[room]
@@ -751,7 +751,7 @@ def test_stages_do_not_depend_on_other_encoders_settings(recipes):
 
 
 ALL = {*EVERY_STAGE}
-ON_FUSION = {*FUSIONS, "scores"}
+ON_FUSION = {*FUSIONS, "scores", "claims"}
 ON_IMAGES = {"seresnext", "image_regions", "image_whole"} | ON_FUSION
 ON_TEXT_ENCODERS = {*h.TEXT_STAGES} | ON_FUSION
 ON_ENCODERS = ON_IMAGES | ON_TEXT_ENCODERS
@@ -774,8 +774,10 @@ REACH = [  # (settings, what is made again)
         "region_size": 128, "grid": 8, "regions": "feature_map"}.items()),
     *(({name: value}, ON_FUSION) for name, value in {
         "standardise": False, "project": True, "dropout": 0.1, "fusion_epochs": 3,
-        "fusion_batch": 8, "fusion_lr": 0.1}.items()),
-    ({"bootstrap": 60}, {"scores"}), ({"bad_rows": "set_aside"}, set()),
+        "fusion_batch": 8, "fusion_lr": 0.1, "fusion_seeds": 3,
+        "modality_dropout": 0.1}.items()),
+    ({"bootstrap": 60}, {"scores", "claims"}),
+    ({"fusions": "tests/own_fusions.py"}, {"scores", "claims"}), ({"bad_rows": "set_aside"}, set()),
     ({"gradient_checkpointing": True, "checkpoint_steps": 1, "processes": 3, "loader_workers": 2,
       "cache_pictures": False, "threads": 2, "deterministic": True}, set())]
 
