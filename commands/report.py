@@ -89,11 +89,12 @@ def print_table(title: str, table: pd.DataFrame, console: Console) -> None:
 REPORT = jinja2.Environment(autoescape=True).from_string(
     """<!doctype html><html lang="en"><meta charset="utf-8">
 <title>{{ title }}</title><style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem;
   color: #222 }
 table { border-collapse: collapse; margin: .5rem 0 2rem }
 th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left } thead { border-bottom: 2px solid #222 }
+th:first-child, td:first-child, .claims :is(th, td):is(:nth-child(2), :last-child)
+  { text-align: left } thead { border-bottom: 2px solid #222 }
 tbody tr { border-bottom: 1px solid #ddd } img { max-width: 100% } figure { margin: 2rem 0 }
 figcaption { color: #666 }
 </style><h1>{{ title }}</h1><p>{{ note }} {{ claims }}</p>
@@ -124,7 +125,8 @@ def write_report(plan: list[Step]) -> Path:
         for path in sorted(each.folder.glob("figures/*.png")):
             name = f"{path.stem}, split {each.split}, seed {each.seed}"
             pictures.append((name, os.path.relpath(path, folder)))
-    tables = [(title, table.to_html(index=False, border=0)) for title, table in read_claims(plan)]
+    tables = [(title, table.to_html(index=False, border=0, classes="claims"))
+              for title, table in read_claims(plan)]
     for title, table in read_tables(plan):
         page = "" if table is None else h.readable_table(table).to_html(index=False, border=0)
         tables.append((title, page))
