@@ -140,6 +140,7 @@ from engine.settings import (
     PARTS,
     PROFILES,
     REPRESENTATIONS,
+    SLOTS,
     SPLITS,
     TABLE_FUSIONS,
     TEXT_ENCODERS,
@@ -1205,11 +1206,20 @@ def paper_table(scores: pd.DataFrame, number: str) -> pd.DataFrame:
     return pd.concat([published[["model"]], ours, paper], axis=1)
 
 
-def readable_table(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of `paper_table` for reading: ours with intervals, then the paper's, in percent."""
+def readable_table(table: pd.DataFrame, run: Run) -> pd.DataFrame:
+    """A table of `paper_table` for reading: ours with intervals, then the paper's, in percent. Rows
+    name what ran where that is not the paper's own, and the paper's columns say why they are
+    another matter.
+    """
     ours = score_table(table.to_dict("records"))
+    for word, slot in SLOTS.items():
+        ran = getattr(run.profile, slot)
+        if ran != getattr(PROFILES["paper"], slot):
+            ours["model"] = ours["model"].str.replace(word, f"{word} ({ran})", regex=False)
+    why = run.unlike_the_paper
+    heading = f"paper ({', '.join(why)})" if why else "paper"
     for metric in ("accuracy", "macro_f1"):
-        ours[f"paper: {metric}"] = table[f"paper_{metric}"].map("{:.2f}".format)
+        ours[f"{heading}: {metric}"] = table[f"paper_{metric}"].map("{:.2f}".format)
     return ours
 
 

@@ -72,7 +72,8 @@ def print_tables(plan: list[Step], console: Console) -> None:
         if table is None:
             console.print(title, highlight=False, soft_wrap=True)
             continue
-        print_table(f"{title}. {h.data_note(plan[0].run)}", h.readable_table(table), console)
+        run = plan[0].run
+        print_table(f"{title}. {h.data_note(run)}", h.readable_table(table, run), console)
 
 
 def print_table(title: str, table: pd.DataFrame, console: Console) -> None:
@@ -94,7 +95,9 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto
 table { border-collapse: collapse; margin: .5rem 0 2rem }
 th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap }
 th:first-child, td:first-child, .claims :is(th, td):is(:nth-child(2), :last-child)
-  { text-align: left } thead { border-bottom: 2px solid #222 }
+  { text-align: left }
+.other :is(th, td):nth-last-child(-n + 2) { color: #767676 }
+thead { border-bottom: 2px solid #222 }
 tbody tr { border-bottom: 1px solid #ddd } img { max-width: 100% } figure { margin: 2rem 0 }
 figcaption { color: #666 }
 </style><h1>{{ title }}</h1><p>{{ note }} {{ claims }}</p>
@@ -128,7 +131,9 @@ def write_report(plan: list[Step]) -> Path:
     tables = [(title, table.to_html(index=False, border=0, classes="claims"))
               for title, table in read_claims(plan)]
     for title, table in read_tables(plan):
-        page = "" if table is None else h.readable_table(table).to_html(index=False, border=0)
+        other = "other" if run.unlike_the_paper else ""
+        page = "" if table is None else h.readable_table(table, run).to_html(
+            index=False, border=0, classes=other)
         tables.append((title, page))
     text = REPORT.render(
         title=", ".join(["Hierarchical fusion", f"profile {run.profile.name}",

@@ -15,6 +15,7 @@ from engine import settings
 from engine.settings import (
     PROFILES,
     PROTOCOL,
+    SLOTS,
     SPEED_ONLY,
     SPLITS,
     Profile,
@@ -67,6 +68,19 @@ class Run:
         if readable == exact:
             return exact
         return f"{readable}~{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
+
+    @property
+    def unlike_the_paper(self) -> list[str]:
+        """Why this run's numbers cannot stand beside the paper's; [] where they can."""
+        profile, paper = vars(self.profile), vars(PROFILES["paper"])
+
+        def other(*names: str) -> bool:
+            return any(profile[name] != paper[name] for name in names)
+
+        reasons = {"other data": self.synthetic,
+                   "other encoders": other(*SLOTS.values(), "freeze_encoders"),
+                   "other rows": other("rows", "grouped", "limit", "bad_rows")}
+        return [reason for reason, given in reasons.items() if given]
 
     @property
     def own_fusions(self) -> list[str]:

@@ -43,6 +43,10 @@ OTHER_FUSIONS = (
     "average-average-linear-T_c+T_f+P-last")
 
 
+# The encoders of the paper's tables, and the settings that say what runs in their place.
+SLOTS = {"CamemBERT": "camembert", "FlauBERT": "flaubert", "SE-ResNeXt-50": "seresnext"}
+
+
 # --- the stages -----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class StageInfo:

@@ -153,10 +153,34 @@ def test_table_has_the_papers_rows_in_its_order_with_our_scores_beside(scores, n
         if row.model in MODELS:
             assert row.accuracy == ours.loc[MODELS[row.model], "accuracy"]
     assert h.TABLES[number] == ("90-10" if number in ("I", "II", "III") else "80-20")
-    readable = h.readable_table(table)
+    readable = h.readable_table(table, h.open_run("paper", "90-10", 0))
     assert readable["model"].tolist() == ROWS_OF_TABLES[number]
     quoted = [f"{value:.2f}" for value in table["paper_accuracy"]]
     assert readable["paper: accuracy"].tolist() == quoted
+
+
+@pytest.mark.parametrize("changes, why, first", [
+    ({}, "paper", "CamemBERT description"),
+    ({"camembert": "nobody/x"}, "paper (other encoders)", "CamemBERT (nobody/x) description"),
+    ({"freeze_encoders": True}, "paper (other encoders)", "CamemBERT description"),
+    ({"limit": 300, "seresnext": "small"}, "paper (other encoders, other rows)",
+     "CamemBERT description"),
+    ({"rows": "all"}, "paper (other rows)", "CamemBERT description"),
+    ({"fusion_epochs": 3}, "paper", "CamemBERT description")])
+def test_a_table_says_what_ran_and_why_the_papers_figures_are_another_matter(scores, changes, why,
+                                                                             first):
+    run = h.open_run("paper", "90-10", 0, changes)
+    readable = h.readable_table(h.paper_table(scores, "I"), run)
+    assert readable["model"][0] == first
+    assert readable.columns[-2:].tolist() == [f"{why}: accuracy", f"{why}: macro_f1"]
+    last = "SE-ResNeXt-50 (small)" if "seresnext" in changes else "SE-ResNeXt-50"
+    assert readable["model"].tolist()[-1] == last
+
+
+def test_the_samples_tables_name_the_small_encoders_and_the_other_data(scores):
+    readable = h.readable_table(h.paper_table(scores, "I"), h.open_run("sample", "90-10", 0))
+    assert readable["model"][0] == "CamemBERT (small) description"
+    assert readable.columns[-1] == "paper (other data, other encoders): macro_f1"
 
 
 @pytest.mark.parametrize("number, row, accuracy, macro_f1", SOME_NUMBERS)
