@@ -12,6 +12,7 @@ from transformers import CamembertConfig, CamembertModel, FlaubertConfig, Flaube
 
 import helpers as h
 from commands import doctor, inputs
+from commands.plan import NOTEBOOKS
 from conftest import ROOT, isolate
 from engine.rows import chosen_products
 
@@ -111,7 +112,7 @@ def test_limited_study_on_the_sigir_layout_with_two_workers(sigir, small, tmp_pa
     isolate(monkeypatch, tmp_path, sigir)
     settings = {**small, "seresnext": "small", "max_length": 64, "text_epochs": 1, "text_lr": 1e-3,
                 "image_epochs": 1, "image_size": 64, "region_size": 64, "grid": 4,
-                "fusion_epochs": 2, "bootstrap": 50, "cache_pictures": False}
+                "fusion_epochs": 2, "fusion_seeds": 2, "bootstrap": 50, "cache_pictures": False}
     words = ["--limit", "300", "--split", "90-10"]
     found = command(monkeypatch, "doctor", *words, **settings)
     assert "SIGIR layout" in found
@@ -127,7 +128,7 @@ def test_limited_study_on_the_sigir_layout_with_two_workers(sigir, small, tmp_pa
     assert split["label_id"].nunique() == 27
     assert (split["part"].value_counts()[["test", "val"]] == [30, 27]).all()
     assert len(pd.read_csv(h.read_stage(run, "scores") / "table_I.csv")) == 5
-    assert command(monkeypatch, "status", *words, **settings).count("done") == 8
+    assert command(monkeypatch, "status", *words, **settings).count("done") == len(NOTEBOOKS)
     report = run.folder.parents[1] / f"report{run.suffix}"
     assert (report / "index.html").exists()
 
@@ -136,7 +137,7 @@ def test_limited_study_on_the_sigir_layout_with_two_workers(sigir, small, tmp_pa
 def test_frozen_encoders_of_full_size_on_the_ens_layout(ens, full, tmp_path, monkeypatch):
     isolate(monkeypatch, tmp_path, ens)
     settings = {**full, "image_weights": "none", "max_length": 32, "image_size": 64,
-                "fusion_epochs": 2,
+                "fusion_epochs": 1, "fusion_seeds": 1,
                 "region_size": 56, "grid": 4,  # 16 tiles of 14 x 14 pixels: 256 would take a minute
                 "freeze_encoders": True, "cache_pictures": False}
     command(monkeypatch, "doctor", "--limit", "81", **settings)
