@@ -32,6 +32,7 @@ from engine.files import read_json, write_json
 from engine.keys import folder_of
 from engine.progress import Progress
 from engine.runs import runs_folder
+from engine.settings import OTHER_FUSIONS
 
 pytestmark = pytest.mark.slow
 
@@ -218,19 +219,22 @@ def one_after_another(tmp_path_factory) -> dict:
 def test_the_graph_names_what_each_stage_reads():
     whole = stage_graph(make_plan("sample", ["90-10", "80-20"], [0, 1], {}))
     run = h.open_run("sample", "90-10", 0)
-    assert len(whole) == 4 * 11 and sum(len(job.stages) for job in whole) == 4 * 20
+    fusions = len([*h.TABLE_VARIANTS, *OTHER_FUSIONS, *h.RAW_VARIANTS])
+    assert len(whole) == 4 * 11
+    assert sum(len(job.stages) for job in whole) == 4 * (10 + fusions)
     for each in {job.run for job in whole}:
         stages = [name for job in whole if job.run == each for name in job.stages]
         assert stages == stage_names(run)
     assert all(job.run == other.run for job, after in whole.items() for other in after)
     fusion = next(job for job in whole if job.name == "fusion")
-    assert len(fusion.stages) == 10 and "fusion-concat-add" in fusion.stages
-    assert {job.name for job in whole[fusion]} == {"splits", *h.REPRESENTATIONS.values()}
+    assert len(fusion.stages) == fusions and "fusion-concat-add" in fusion.stages
+    features = {*h.REPRESENTATIONS.values(), "image_whole"}
+    assert {job.name for job in whole[fusion]} == {"splits", *features}
     early = [job for job, after in whole.items() if {a.name for a in after} <= {"splits", "text"}]
     assert len(early) == 4 * 8
     frozen = h.open_run("paper", "90-10", 0, {"freeze_encoders": True})
     names = stage_names(frozen)
-    assert len(names) == 20 + 6 and names.index("vectors-image_whole") < names.index("seresnext")
+    assert len(names) == 10 + fusions + 6 and names.index("vectors-image_whole") < names.index("seresnext")
     assert notebook_of(frozen, "vectors-image_whole") == "05_finetune_seresnext"
 
 
