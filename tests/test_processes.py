@@ -234,7 +234,8 @@ def test_the_graph_names_what_each_stage_reads():
     assert len(early) == 4 * 8
     frozen = h.open_run("paper", "90-10", 0, {"freeze_encoders": True})
     names = stage_names(frozen)
-    assert len(names) == 10 + fusions + 6 and names.index("vectors-image_whole") < names.index("seresnext")
+    assert len(names) == 10 + fusions + 6
+    assert names.index("vectors-image_whole") < names.index("seresnext")
     assert notebook_of(frozen, "vectors-image_whole") == "05_finetune_seresnext"
 
 
