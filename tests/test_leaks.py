@@ -121,7 +121,7 @@ def test_nothing_fitted_knows_the_rows_of_a_part(three, changed):
     names = ("baselines", *TEXT_STAGES, *IMAGES, *FUSIONS)
     split, folders = three(names)
     before, after = folders[None], folders[changed]
-    assert len(fitted(before)) == 2 * 5 + 2 * 6 + 2 + 2 * 2  # CamemBERT, FlauBERT, pictures, fusions
+    assert len(fitted(before)) == 2 * 5 + 2 * 6 + 2 + 2 * 2  # texts, pictures, fusions
     assert differing(fitted(before), fitted(after)) == []
     assert differing(curves(before, ["train_loss"]), curves(after, ["train_loss"])) == []
     scores = ["val_loss", "val_accuracy", "val_macro_f1"]  # by which the best epoch is chosen
