@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 import helpers as h
+from engine.figures import source_colour
 from engine.settings import ROOT
 
 
@@ -78,11 +79,11 @@ def test_confusion_shows_shares_of_the_true_class():
     ("TF-IDF both", "#767676"),
 ])
 def test_colour_says_the_source(model, colour):
-    assert h.source_colour(model) == colour
+    assert source_colour(model) == colour
 
 
 def test_the_papers_name_of_the_image_model_has_the_images_colour():
-    assert h.source_colour("SE-ResNeXt-50") == "#D55E00"
+    assert source_colour("SE-ResNeXt-50") == "#D55E00"
 
 
 def test_learning_curve_marks_the_best_epoch():
