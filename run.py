@@ -226,10 +226,11 @@ def submit(words: argparse.Namespace) -> None:
     """Predict the challenge's unlabelled products with each run that has this fusion."""
     plan = make_plan(words)
     import helpers as h
-    from commands.submission import has_fusion, write_submission
+    from commands.submission import write_submission
+    from engine.stages import is_made
 
     variant, runs = h.named_variant(words.variant), plans.runs_of(plan)
-    trained = [run for run in runs if has_fusion(run, variant)]
+    trained = [run for run in runs if is_made(run, f"fusion-{variant.name}")]
     for run in trained or runs[:1]:  # without a trained one the error names what is missing
         with console.status(f"{run.name}: {variant.name} on the unlabelled products"):
             path = write_submission(run, variant)

@@ -25,7 +25,7 @@ from engine.runs import Run
 from engine.settings import FIELDS, REPRESENTATIONS, SPLITS, VALIDATION_SHARE, Profile
 from engine.text_checkpoints import checkpoint_place
 from engine.texts import clean_text
-from engine.variants import OTHER_VARIANTS, RAW_VARIANTS, TABLE_VARIANTS
+from engine.variants import TRAINED_VARIANTS
 
 
 # --- one network ----------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def fusion_networks(project: bool, **widths: int) -> list[Network]:
     with torch.device("meta"):
         row = {symbol: torch.empty(1, width) for symbol, width in widths.items()}
         models = [h.HierarchicalFusion(widths, variant, project=project).eval()
-                  for variant in (*TABLE_VARIANTS, *OTHER_VARIANTS, *RAW_VARIANTS)]
+                  for variant in TRAINED_VARIANTS]
         return [Network(h.count_parameters(model), 27, flops(model, **row)) for model in models]
 
 

@@ -17,9 +17,8 @@ import helpers as h
 from commands.plan import Step, make_plan, runs_of, state
 from engine import settings
 from engine.files import read_json, write_text
-from engine.keys import folder_of, key_of
 from engine.runs import Run, runs_folder
-from engine.stages import is_whole
+from engine.stages import is_made
 
 
 def read_tables(plan: list[Step]) -> list[tuple[str, pd.DataFrame | None]]:
@@ -43,7 +42,7 @@ def read_claims(plan: list[Step]) -> list[tuple[str, pd.DataFrame]]:
     """(title, table) of the paper's claims, tested, for each seed whose splits have been scored."""
     tables = []
     for seed in sorted({step.run.seed for step in plan}):
-        runs = [run for run in runs_of(plan) if run.seed == seed and is_tested(run)]
+        runs = [run for run in runs_of(plan) if run.seed == seed and is_made(run, "claims")]
         if not runs:
             continue
         table = h.read_claims(runs)[["split", "claim", *EFFECT, "verdict"]]
@@ -51,11 +50,6 @@ def read_claims(plan: list[Step]) -> list[tuple[str, pd.DataFrame]]:
         table["p_holm"] = table["p_holm"].map("{:.2g}".format).replace("nan", "")
         tables.append((f"The paper's claims, seed {seed}", table))
     return tables
-
-
-def is_tested(run: Run) -> bool:
-    """Whether the claims have been tested on this run."""
-    return is_whole(folder_of("claims", key_of(run, "claims")))
 
 
 EFFECT = ["n", "effect", "low", "high", "p_holm"]

@@ -15,15 +15,7 @@ from engine.catalogue import (
     load_test_products,
     test_table,
 )
-from engine.keys import folder_of, key_of
 from engine.runs import Run
-from engine.stages import is_whole
-
-
-def has_fusion(run: Run, variant: h.Variant) -> bool:
-    """Whether the run has this fusion, trained."""
-    name = f"fusion-{variant.name}"
-    return is_whole(folder_of(name, key_of(run, name)))
 
 
 def write_submission(run: Run, variant: h.Variant) -> Path:

@@ -87,6 +87,11 @@ def is_whole(folder: Path) -> bool:
     return folder.is_dir()
 
 
+def is_made(run: Run, name: str) -> bool:
+    """Whether the stage `name` that this run needs is there."""
+    return is_whole(folder_of(name, key_of(run, name)))
+
+
 def _make(run: Run, name: str, key: str, folder: Path) -> None:
     """Make a stage in this process, or in as many as the profile says."""
     fingerprint.refuse_changed_code()

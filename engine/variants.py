@@ -79,6 +79,7 @@ TABLE_VARIANTS = tuple(map(named_variant, TABLE_FUSIONS))
 OTHER_VARIANTS = tuple(map(named_variant, OTHER_FUSIONS))
 # The same without standardising, which notebook 07 compares.
 RAW_VARIANTS = tuple(named_variant(f"{pair}-raw") for pair in ("concat-concat", "average-average"))
+TRAINED_VARIANTS = (*TABLE_VARIANTS, *OTHER_VARIANTS, *RAW_VARIANTS)  # and one's own
 
 
 def own_variants(run: Run) -> list[Variant]:

@@ -22,7 +22,7 @@ from commands.plan import NOTEBOOKS
 from conftest import ROOT
 from engine.files import read_json
 from engine.keys import folder_of
-from engine.settings import OTHER_FUSIONS
+from engine.variants import TRAINED_VARIANTS
 
 pytestmark = pytest.mark.slow
 SPY = """
@@ -100,7 +100,7 @@ def studied(place):
     return {"left": whole, "alive": alive, "second": run(place, *STUDY)}
 
 
-FUSIONS = len([*h.TABLE_VARIANTS, *OTHER_FUSIONS, *h.RAW_VARIANTS])
+FUSIONS = len(TRAINED_VARIANTS)
 
 
 def wait_for(condition, seconds: float) -> None:

@@ -32,7 +32,7 @@ from engine.files import read_json, write_json
 from engine.keys import folder_of
 from engine.progress import Progress
 from engine.runs import runs_folder
-from engine.settings import OTHER_FUSIONS
+from engine.variants import TRAINED_VARIANTS
 
 pytestmark = pytest.mark.slow
 
@@ -219,7 +219,7 @@ def one_after_another(tmp_path_factory) -> dict:
 def test_the_graph_names_what_each_stage_reads():
     whole = stage_graph(make_plan("sample", ["90-10", "80-20"], [0, 1], {}))
     run = h.open_run("sample", "90-10", 0)
-    fusions = len([*h.TABLE_VARIANTS, *OTHER_FUSIONS, *h.RAW_VARIANTS])
+    fusions = len(TRAINED_VARIANTS)
     assert len(whole) == 4 * 11
     assert sum(len(job.stages) for job in whole) == 4 * (10 + fusions)
     for each in {job.run for job in whole}:
