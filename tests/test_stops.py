@@ -104,7 +104,8 @@ def test_a_killed_process_leaves_nothing_and_the_next_start_goes_on(
             left.kill()
 
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    assert contents(make(*STAGES)) == uninterrupted
+    with execute.at_work([h.open_run("paper", "90-10", 0, SETTINGS)]):  # as the next start does
+        assert contents(make(*STAGES)) == uninterrupted
     left = {path.name.partition("-")[0] for path in runs_folder().glob("stages/*.partial")}
     assert not left & {*STAGES}  # other stages may wait for their next start
     assert [*temporary.iterdir()] == []
