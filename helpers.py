@@ -12,7 +12,7 @@ section uses only those above it. What a notebook calls besides is handed on fro
     5  Image encoder    05           image_models, pictures, picture_cache
     6  Regions          06
     7  Fusion           07           fusions, variants
-    8  Result tables    08, 09       late_fusion, claims, analysis, stages, tensors
+    8  Result tables    08, 09, 10   paper_tables, late_fusion, claims, analysis, stages, tensors
     9  New products
 
 "The paper" is Tashu, Fattouh, Kiss, Horvath: Multimodal E-Commerce Product Classification Using
@@ -106,6 +106,7 @@ from engine.image_models import (
 )
 from engine.keys import makes, one_look
 from engine.late_fusion import LATE_FUSIONS, cross_fitted, fit_mixture, late_fusions, stack
+from engine.paper_tables import OUR_MODEL, TABLES, data_note, paper_table, readable_table
 from engine.picture_cache import DecodedPictures, cached_pictures
 from engine.pictures import as_rgb, decode_picture, open_picture
 from engine.processes import device
@@ -137,10 +138,8 @@ from engine.scores import (
 )
 from engine.settings import (
     FIELDS,
-    PARTS,
     PROFILES,
     REPRESENTATIONS,
-    SLOTS,
     SPLITS,
     TABLE_FUSIONS,
     TEXT_ENCODERS,
@@ -197,29 +196,34 @@ def code_of(label: int) -> int:
 
 
 def make_split(products: pd.DataFrame, split: str, seed: int,
-               groups: Sequence[int] | None = None) -> pd.DataFrame:
+               groups: Sequence[int] | None = None, held_out: float = 0.0) -> pd.DataFrame:
     """[product_id, label_id, part] with part train, val or test, stratified by class.
 
     The test part is 10% or 20% of the rows, the validation part 10% of the others (paper, section
-    V). With `groups` (a number for each product) no group is in two parts, and the shares are kept
-    as closely as whole groups allow. ValueError if a class or all rows are too few to be split.
-    Shown in 01.
+    V). A share `held_out` of the training rows is a part of its own, "fusion". With `groups` (a
+    number for each product) no group is in two parts, and the shares are kept as closely as whole
+    groups allow. ValueError if a class or all rows are too few to be split. Shown in 01.
     """
     products = products.assign(group=range(len(products)) if groups is None else groups)
     products = products.sort_values("product_id")  # the file's order decides nothing
     counts = products["label_id"].value_counts()
-    if counts.min() < 3:
-        few = {code_of(label): rows for label, rows in counts[counts < 3].items()}
-        raise ValueError(f"a stratified split needs 3 rows of each class, but these product type "
-                         f"codes have fewer: {few}. Use rows='all', more rows, or remove theirs")
+    needed = 4 if held_out else 3
+    if counts.min() < needed:
+        few = {code_of(label): rows for label, rows in counts[counts < needed].items()}
+        raise ValueError(f"a stratified split needs {needed} rows of each class, but these product "
+                         f"type codes have fewer: {few}. Use rows='all', more rows, or remove "
+                         "theirs")
     cut = cut_rows if groups is None else cut_groups
     rest, test = cut(products, SPLITS[split], seed)
     train, val = cut(rest, VALIDATION_SHARE, seed)
+    parts = {"val": val, "test": test}
+    if held_out:
+        train, parts["fusion"] = cut(train, held_out, seed)
     if untrained := sorted(set(counts.index) - set(train["label_id"])):
         raise ValueError(f"product type code {code_of(untrained[0])} has no training row: all its "
                          "rows are copies of each other. Use grouped=False, more rows or another "
                          "seed")
-    parts = {"train": train, "val": val, "test": test}
+    parts["train"] = train
     tables = [rows[["product_id", "label_id"]].assign(part=part) for part, rows in parts.items()]
     return pd.concat(tables).sort_values("product_id", ignore_index=True)
 
@@ -256,7 +260,8 @@ def build_splits(run: Run, name: str, folder: Path) -> dict:
     set_aside.csv, the rows that the run goes on without.
     """
     save_table(folder / "set_aside.csv", set_aside(run))
-    table = make_split(chosen_labels(run), run.split, run.seed, chosen_groups(run))
+    held_out = 0.2 if run.profile.fusion_rows == "held-out" else 0.0
+    table = make_split(chosen_labels(run), run.split, run.seed, chosen_groups(run), held_out)
     save_table(folder / "split.csv", table)
     return {part: int(n) for part, n in table["part"].value_counts().items()}
 
@@ -290,6 +295,13 @@ def read_cleaned(run: Run) -> pd.DataFrame:
     return pd.read_csv(read_stage(run, "text") / "text.csv", keep_default_na=False)
 
 
+def encoder_texts(text: pd.DataFrame, field: str, texts: str) -> pd.Series:
+    """What the encoders of a field read: it, or, by the setting `texts`, both fields joined."""
+    if one_of("texts", texts, ("apart", "joined")) == "apart":
+        return text[field]
+    return (text["title"] + " " + text["description"]).str.strip()
+
+
 BASELINES = ("majority class", "TF-IDF title", "TF-IDF description", "TF-IDF both")
 
 
@@ -311,7 +323,7 @@ def tfidf_baseline(train: Sequence[str], labels: Sequence[int],
 def build_baselines(run: Run, name: str, folder: Path) -> dict:
     """Stage `baselines`: probabilities.safetensors of the models BASELINES, for val and test."""
     text = read_text(run)
-    text["both"] = text["title"] + " " + text["description"]
+    text["both"] = encoder_texts(text, "both", "joined")
     train, rest = text[text["part"] == "train"], text[text["part"] != "train"]
     shares = np.bincount(train["label_id"], minlength=len(load_classes())) / len(train)
     probabilities = {"majority class": np.tile(shares.astype(np.float32), (len(rest), 1))}
@@ -497,14 +509,14 @@ def text_rows(rows: list[dict], text: pd.DataFrame, part: str) -> RowDataset:
 
 
 def text_vectors(encoder: TextEncoder, tokenizer, rows: list[dict], profile: Profile,
-                 label: str) -> Tensor:
+                 label: str, mode: str = "eval") -> Tensor:
     """The vectors [N, d] of tokenised texts, longest first, so that batches pad little."""
     order = np.argsort([-len(row["input_ids"]) for row in rows], kind="stable")
 
     def inputs(places: Sequence[int]) -> dict[str, Tensor]:
         return dict(tokenizer.pad([rows[i] for i in places], return_tensors="pt"))
 
-    encoder = encoder.eval().to(device())
+    encoder = encoder.train(mode == "train").to(device())
     return encode_rows(encoder, order, inputs, 4 * profile.text_batch, precision(profile), label)
 
 
@@ -524,7 +536,7 @@ def build_text_encoder(run: Run, name: str, folder: Path) -> dict:
     both = [*training["title"], *training["description"]]  # one tokenizer serves both fields
     with temporary_folder() as place:  # for a small tokenizer's files
         model, tokenizer = load_text_model(run, encoder, both, place)
-    rows = tokenise(tokenizer, text[field], profile.max_length)
+    rows = tokenise(tokenizer, encoder_texts(text, field, profile.texts), profile.max_length)
     train, val = (text_rows(rows, text, part) for part in ("train", "val"))
     classifier = Classifier(TextEncoder(model, profile.pooling), model.config.hidden_size,
                             dropout=profile.text_dropout)
@@ -553,7 +565,7 @@ def build_text_vectors(run: Run, name: str, folder: Path) -> dict:
                          f"nothing yet; set {encoder}=<checkpoint>")
     model, tokenizer = load_checkpoint(source, profile.max_length)
     text = read_cleaned(run)
-    rows = tokenise(tokenizer, text[field], profile.max_length)
+    rows = tokenise(tokenizer, encoder_texts(text, field, profile.texts), profile.max_length)
     features = text_vectors(TextEncoder(model, profile.pooling), tokenizer, rows, profile, name)
     save_pretrained(folder / "encoder", model, tokenizer)
     save_tensors(folder / "features.safetensors", text["product_id"], features=features)
@@ -686,21 +698,21 @@ def regional_features(encoder: ImageEncoder, pictures: Tensor, grid: int = 16) -
 
 
 def whole_vectors(encoder: ImageEncoder, profile: Profile,
-                  pictures_of: Callable[[int], Sequence]) -> Tensor:
+                  pictures_of: Callable[[int], Sequence], mode: str = "eval") -> Tensor:
     """The encoder's vectors [N, width] of whole pictures; `pictures_of(pixels a side)` gives them.
     """
     pictures = pictures_of(profile.image_size)
-    encoder = encoder.eval().to(device())
+    encoder = encoder.train(mode == "train").to(device())
     return encode_pictures(encoder, pictures, profile.image_batch, profile, "whole pictures")
 
 
 def region_vectors(encoder: ImageEncoder, profile: Profile,
-                   pictures_of: Callable[[int], Sequence]) -> Tensor:
+                   pictures_of: Callable[[int], Sequence], mode: str = "eval") -> Tensor:
     """P [N, width] by the setting `regions`: equation (2), or the whole picture's own average."""
     if profile.regions == "feature_map":
-        return whole_vectors(encoder, profile, pictures_of)
+        return whole_vectors(encoder, profile, pictures_of, mode)
     pictures = pictures_of(profile.region_size)
-    encoder = encoder.eval().to(device(), memory_format=torch.channels_last)
+    encoder = encoder.train(mode == "train").to(device(), memory_format=torch.channels_last)
     # On a CPU few pictures at a time: their tiles suit the cache best.
     batch = profile.image_batch if device().type == "cuda" else 4
 
@@ -921,14 +933,14 @@ def hide_modalities(x: dict[str, Tensor], means: dict[str, Tensor],
     return x
 
 
-def read_representations(run: Run, product_ids: Sequence[int],
-                         picture: str = "regions") -> dict[str, Tensor]:
-    """T_c, D_c, T_f, D_f and P of the products, in their order; P of the picture's regions, or of
-    the "whole" picture.
+def read_representations(run: Run, product_ids: Sequence[int], picture: str = "regions",
+                         symbols: Sequence[str] = tuple(REPRESENTATIONS)) -> dict[str, Tensor]:
+    """T_c, D_c, T_f, D_f and P of the products, or those `symbols` alone, in the products' order; P
+    of the picture's regions, or of the "whole" picture.
     """
-    representations = {}
-    for symbol, name in (REPRESENTATIONS | {"P": f"image_{picture}"}).items():
-        path = read_stage(run, name) / "features.safetensors"
+    names, representations = REPRESENTATIONS | {"P": f"image_{picture}"}, {}
+    for symbol in symbols:
+        path = read_stage(run, names[symbol]) / "features.safetensors"
         representations[symbol] = load_tensors(path, product_ids)["features"]
     return representations
 
@@ -998,6 +1010,19 @@ def make_fusion(run: Run, variant: Variant,
                               hide=profile.modality_dropout if variant.hide else 0.0)
 
 
+def encode_in_train_mode(run: Run, variant: Variant, rows: Tensor) -> dict[str, Tensor]:
+    """What fusion learns from where the encoders are left in train mode: dropout is on, and batch
+    normalisation goes by the batch. Drawn once, not anew in each epoch.
+    """
+    set_seed(run.seed)
+
+    def pictures_of(size: int) -> Sequence:
+        return torch.utils.data.Subset(cached_pictures(run, size), rows.numpy())
+
+    text = read_text(run).iloc[rows.numpy()]
+    return encode_products(run, text, pictures_of, variant, "train")
+
+
 @makes("fusion")
 def build_fusion(run: Run, name: str, folder: Path) -> dict:
     """Stage `fusion-<variant>`: the model of each fusion seed k (model-<k>.safetensors), and
@@ -1005,15 +1030,19 @@ def build_fusion(run: Run, name: str, folder: Path) -> dict:
     """
     profile, variant = run.profile, named_variant(name.removeprefix("fusion-"))
     split = read_split(run)
-    representations = read_representations(run, split["product_id"], variant.picture)
-    x = {symbol: representations[symbol].to(device()) for symbol in variant.symbols}
+    x = read_representations(run, split["product_id"], variant.picture, variant.symbols)
+    learnt = "train" if profile.fusion_rows == "train" else "fusion"
+    train, val = (torch.tensor(np.flatnonzero(split["part"] == part)) for part in (learnt, "val"))
+    if profile.encoder_mode == "train":
+        for symbol, rows in encode_in_train_mode(run, variant, train).items():
+            x[symbol][train] = rows
+    x = {symbol: rows.to(device()) for symbol, rows in x.items()}
     labels = torch.tensor(split["label_id"].to_numpy()).to(device())
-    train, val = (torch.tensor(np.flatnonzero(split["part"] == part)).to(device())
-                  for part in ("train", "val"))
+    train, val = train.to(device()), val.to(device())
     curves = []
     for k in range(profile.fusion_seeds):
         set_seed(run.seed + k)
-        model = make_fusion(run, variant, representations).to(device())
+        model = make_fusion(run, variant, x).to(device())
         model.fit_scale(x, train, scale=variant.standardise and profile.standardise)
         curve = train_fusion(
             model, x, labels, train, val, epochs=profile.fusion_epochs, batch=profile.fusion_batch,
@@ -1051,20 +1080,30 @@ def fusion_probabilities(run: Run, variant: Variant, representations: dict[str, 
     return torch.stack(found, 1)
 
 
+def encode_products(run: Run, text: pd.DataFrame, pictures_of: Callable[[int], Sequence],
+                    variant: Variant, mode: str = "eval") -> dict[str, Tensor]:
+    """The representations [N, width] that a variant reads, of any products' cleaned texts [title,
+    description] and pictures, by the run's encoders in this mode.
+    """
+    profile, found = run.profile, {}
+    vectors_of = region_vectors if variant.picture == "regions" else whole_vectors
+    for symbol in variant.symbols:
+        name = REPRESENTATIONS[symbol]
+        if symbol == "P":
+            found[symbol] = vectors_of(load_image_encoder(run), profile, pictures_of, mode)
+            continue
+        folder, field = read_stage(run, name) / "encoder", name.rpartition("_")[2]
+        model, tokenizer = load_checkpoint(str(folder), profile.max_length)
+        texts = encoder_texts(text, field, profile.texts)
+        rows = tokenise(tokenizer, texts, profile.max_length)
+        encoder = TextEncoder(model, profile.pooling)
+        found[symbol] = text_vectors(encoder, tokenizer, rows, profile, name, mode)
+    return found
+
+
 # ==================================================================================================
 # 8  Result tables
 # ==================================================================================================
-TABLES = {"I": "90-10", "II": "90-10", "III": "90-10", "IV": "80-20", "V": "80-20"}
-# The paper's rows, as data/published_results.csv names them, and our models.
-OUR_MODEL = {
-    "CamemBERT description": "camembert_description", "CamemBERT title": "camembert_title",
-    "FlauBERT description": "flaubert_description", "FlauBERT title": "flaubert_title",
-    "SE-ResNeXt-50": "seresnext",
-    "text concat + final concat": "concat-concat", "text concat + final add": "concat-add",
-    "text concat + final average": "concat-average",
-    "text average + final average": "average-average",
-    "basic (average + average)": "average-average",
-    "with dropout": "average-average-dropout", "with more layers": "average-average-layers"}
 ENCODER_MODELS = (*TEXT_STAGES, "seresnext")
 # Who is compared with whom: each pair more makes the correction harsher.
 COMPARED = ("TF-IDF both", *ENCODER_MODELS, *TABLE_FUSIONS, "concat-concat-text",
@@ -1193,44 +1232,6 @@ def resample_common(runs: Sequence[Run]) -> Resamples:
     return resample(truth, predicted, "macro_f1", runs[0].profile.bootstrap)
 
 
-def paper_table(scores: pd.DataFrame, number: str) -> pd.DataFrame:
-    """One of the paper's Tables I to V, rows in its order: our scores, then paper_accuracy and
-    paper_macro_f1.
-    """
-    reference = f"Table {one_of('table', number, TABLES)}"
-    published = load_published().query("source == 'paper'")
-    published = published[published["reference"] == reference].reset_index(drop=True)
-    models = published["model"].map(OUR_MODEL)
-    ours = scores.set_index("model").loc[models].reset_index(drop=True)
-    paper = published[["accuracy", "macro_f1"]].add_prefix("paper_")
-    return pd.concat([published[["model"]], ours, paper], axis=1)
-
-
-def readable_table(table: pd.DataFrame, run: Run) -> pd.DataFrame:
-    """A table of `paper_table` for reading: ours with intervals, then the paper's, in percent. Rows
-    name what ran where that is not the paper's own, and the paper's columns say why they are
-    another matter.
-    """
-    ours = score_table(table.to_dict("records"))
-    for word, slot in SLOTS.items():
-        ran = getattr(run.profile, slot)
-        if ran != getattr(PROFILES["paper"], slot):
-            ours["model"] = ours["model"].str.replace(word, f"{word} ({ran})", regex=False)
-    why = run.unlike_the_paper
-    heading = f"paper ({', '.join(why)})" if why else "paper"
-    for metric in ("accuracy", "macro_f1"):
-        ours[f"{heading}: {metric}"] = table[f"paper_{metric}"].map("{:.2f}".format)
-    return ours
-
-
-def data_note(run: Run) -> str:
-    """Which data the numbers belong to, for titles and reports."""
-    rakuten = f"ours: Rakuten France, {run.protocol} rows"
-    sample = "ours: the synthetic sample, another data set than the paper's"
-    ours = sample if run.synthetic else rakuten
-    return f"Percent, 95% bootstrap intervals, test part; {ours}; paper: as published."
-
-
 def compare(run: Run, other: Run) -> pd.DataFrame:
     """Accuracy of each model in two runs (percent), on the test products of both, and the exact
     McNemar test of the difference; of fusions the first seed.
@@ -1263,23 +1264,10 @@ def represent_products(run: Run, products: pd.DataFrame, variant: Variant) -> di
     """The representations [N, width] that a variant reads, of any products [title, description,
     picture]; a missing text is an empty one.
     """
-    profile, found = run.profile, {}
     raw = products[list(FIELDS)].astype(object).fillna("")
-    texts = {field: clean_texts(raw[field], profile.clean, f"cleaning each {field}")
-             for field in FIELDS}
-    vectors_of = region_vectors if variant.picture == "regions" else whole_vectors
-    for symbol in variant.symbols:
-        name = REPRESENTATIONS[symbol]
-        if symbol == "P":
-            pictures_of = partial(DecodedPictures, products["picture"])
-            found[symbol] = vectors_of(load_image_encoder(run), profile, pictures_of)
-            continue
-        folder = read_stage(run, name) / "encoder"
-        model, tokenizer = load_checkpoint(str(folder), profile.max_length)
-        rows = tokenise(tokenizer, texts[name.rpartition("_")[2]], profile.max_length)
-        encoder = TextEncoder(model, profile.pooling)
-        found[symbol] = text_vectors(encoder, tokenizer, rows, profile, name)
-    return found
+    text = pd.DataFrame({field: clean_texts(raw[field], run.profile.clean, f"cleaning each {field}")
+                         for field in FIELDS})
+    return encode_products(run, text, partial(DecodedPictures, products["picture"]), variant)
 
 
 def predict_products(run: Run, products: pd.DataFrame, variant: Variant) -> Tensor:

@@ -125,8 +125,11 @@ def refusal(network: nn.Module, width: int, side: int) -> str:
 # --- weights --------------------------------------------------------------------------------------
 @content(lambda run: hash_source(image_weights(run)))
 def image_weights(run: Run) -> str:
-    """What the setting `image_weights` says: "imagenet", "none", or a file."""
-    return run.profile.image_weights
+    """Where the image network's weights come from: "imagenet", "none", or a file."""
+    profile = run.profile
+    # The small network is this study's own: there are no weights for it.
+    small = profile.seresnext == "small" and profile.image_weights == "imagenet"
+    return "none" if small else profile.image_weights
 
 
 def weight_file(weights: str) -> Path | None:
@@ -147,10 +150,10 @@ def hub_repository(name: str) -> str:
 def load_weights(network: nn.Module, name: str, weights: str) -> str:
     """Give a network its weights, strictly; where they come from.
 
-    "imagenet": from the model hub or its cache here; the small network has none. ValueError says
-    what was wrong and how to bring the file by hand.
+    "imagenet": from the model hub or its cache here. ValueError says what was wrong and how to
+    bring the file by hand.
     """
-    if weights == "none" or (name == "small" and weights == "imagenet"):
+    if weights == "none":
         return "random weights"
     file = weight_file(weights)
     source = f"file {weights}" if file else f"model hub {hub_repository(name)}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from engine import settings
 from engine.settings import (
     PROFILES,
-    PROTOCOL,
+    IN_FOLDER,
     SLOTS,
     SPEED_ONLY,
     SPLITS,
@@ -43,6 +43,12 @@ class Run:
         return "-".join(parts)
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of its split, in the order in which they are used."""
+        held_out = self.profile.fusion_rows == "held-out"
+        return ("train", *(["fusion"] if held_out else []), "val", "test")
+
+    @property
     def changed(self) -> dict[str, object]:
         """The settings that differ from the profile's."""
         base = PROFILES[self.profile.name]
@@ -53,7 +59,7 @@ class Run:
     def told(self) -> list[str]:
         """`<name>=<value>` of each changed setting that the protocol does not say; speed apart."""
         return [f"{name}={value}" for name, value in self.changed.items()
-                if name not in (*PROTOCOL, *SPEED_ONLY)]
+                if name not in (*IN_FOLDER, *SPEED_ONLY)]
 
     @property
     def suffix(self) -> str:

@@ -15,7 +15,6 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = ("title", "description")
 TEXT_ENCODERS = ("camembert", "flaubert")
-PARTS = ("train", "val", "test")
 SPLITS = {"90-10": 0.10, "80-20": 0.20}  # share of the test part
 VALIDATION_SHARE = 0.10  # of what is not test (paper, section V)
 # The paper's symbols, and the stage whose features they are.
@@ -66,8 +65,8 @@ STAGES = {
     "seresnext": StageInfo("05_finetune_seresnext", ("splits",)),
     "image_regions": StageInfo("06_regional_features", ("seresnext",)),
     "image_whole": StageInfo("06_regional_features", ("seresnext",)),
-    "fusion": StageInfo("07_hierarchical_fusion",
-                        ("splits", *REPRESENTATIONS.values(), "image_whole")),
+    "fusion": StageInfo("07_hierarchical_fusion", (
+        "splits", "text", "seresnext", *REPRESENTATIONS.values(), "image_whole")),
     "scores": StageInfo("08_result_tables", (
         "splits", "baselines", *REPRESENTATIONS.values(), "seresnext", "image_whole",
         *(f"fusion-{name}" for name in (*TABLE_FUSIONS, *OTHER_FUSIONS)))),
@@ -139,6 +138,9 @@ class Profile:
     text_width: Count = setting(768, "d of small encoders; a checkpoint brings its own", "numbers")
     text_layers: Count = setting(12, "for small encoders", "layers")
     vocabulary: Count = setting(32_000, "for small encoders", "tokens")
+    texts: Literal["apart", "joined"] = setting(
+        "apart", "each text encoder reads its field, or title and description as one text",
+        source="paper, section III.A")
     max_length: Tokens = setting(256, "where texts are cut", "tokens", PAPER_4B)
     pooling: Literal["first", "mean"] = setting("first", "the first token's vector, or the mean")
     text_epochs: Count = setting(10, "of fine-tuning on texts", "epochs", PAPER_4B)
@@ -162,6 +164,12 @@ class Profile:
     fusion_lr: Rate = setting(1e-3, "Adam's learning rate")
     fusion_seeds: Count = setting(5, "of each fusion, whose scores are averaged", "models")
     fusions: str = setting("", "a Python file with fusions Z of one's own", "file")
+    fusion_rows: Literal["train", "held-out"] = setting(
+        "train", "what fusion models learn from: the encoders' training rows, or a fifth of these, "
+        "kept from the encoders")
+    encoder_mode: Literal["eval", "train"] = setting(
+        "eval", "of the encoders that give fusion its training rows; train: dropout is on",
+        source="paper, section III.D")
     modality_dropout: Share = setting(
         0.3, "how often each modality is hidden in training, in variants named -hidden", "share")
     bootstrap: Count = setting(2000, "behind each 95% interval", "resamples")
@@ -183,6 +191,8 @@ class Profile:
     processes: CountOr0 = setting(0, "make one stage together; 0: one for each GPU", "processes")
     loader_workers: Workers = setting(
         -1, "load pictures for fine-tuning; -1: none on a CPU, up to 8 for a GPU", "processes")
+    as_released: bool = setting(
+        False, "notebook 10 trains two text encoders and an image network like the released code's")
     cache_pictures: bool = setting(True, "decoded pictures are kept; False: decoded each time")
 
 
@@ -190,13 +200,16 @@ PROFILES = {
     "sample": Profile(
         name="sample", data="data/sample", camembert="small", flaubert="small", seresnext="small",
         text_width=64, text_layers=2, vocabulary=2000, max_length=96, text_lr=1e-3, image_size=80,
-        image_epochs=12, image_lr=3e-3, fusion_seeds=3, bootstrap=1000, threads=1, processes=1),
+        image_epochs=12, image_lr=3e-3, bootstrap=1000, threads=1, processes=1, as_released=True),
     "paper": Profile(),
 }
 # Settings that decide how fast a stage is made and in how much memory, not what it contains.
 SPEED_ONLY = ("gradient_checkpointing", "checkpoint_steps", "threads", "deterministic",
               "processes", "loader_workers", "cache_pictures")
-PROTOCOL = ("rows", "grouped", "limit", "freeze_encoders")  # settings that name a folder of runs
+IN_FOLDER = ("rows", "grouped", "limit", "freeze_encoders")  # settings that name a folder of runs
+# What `protocol=<name>` stands for; what else the released code does is a word of a variant's name.
+PROTOCOLS = {"as-described": {}, "as-released": {"texts": "joined", "image_weights": "none",
+                                                 "encoder_mode": "train"}}
 TYPES = get_type_hints(Profile, include_extras=True)
 
 
@@ -223,7 +236,9 @@ def make_profile(name: str, settings: dict | None = None) -> Profile:
     """
     made, told = PROFILES[one_of("profile", name, PROFILES)], []
     known = setting_names()
-    changed = settings or {}
+    changed = dict(settings or {})
+    protocol = one_of("protocol", changed.pop("protocol", "as-described"), PROTOCOLS)
+    changed = PROTOCOLS[protocol] | changed
     allowed = {key: value for key, value in changed.items() if key in known}
     try:
         made = dataclasses.replace(made, **allowed)

@@ -13,6 +13,7 @@ STRUCTURES = {
     "encoders": ("P", (("T_f", "D_f"), ("T_c", "D_c"))),  # equation (1): each encoder's texts first
     "fields": ("P", (("T_f", "T_c"), ("D_f", "D_c"))),  # both titles first
     "image": ((("P", "T_f"), ("P", "D_f")), (("P", "T_c"), ("P", "D_c"))),  # the picture first
+    "titles": ("P", ("T_f", "T_c")),  # no descriptions
     "flat": ("P", "T_f", "D_f", "T_c", "D_c"),  # one level
     "text": (("T_f", "D_f"), ("T_c", "D_c")),  # no picture
 }

@@ -211,7 +211,7 @@ BROKEN = [
     ("engine.claims", "recommend", {"claims"}),
     ("engine.late_fusion", "stack", ON_SCORES),
     ("engine.analysis", "reliability", NOTHING),
-    ("helpers", "paper_table", ON_SCORES),
+    ("engine.paper_tables", "paper_table", ON_SCORES),
     ("helpers", "compare", NOTHING),
     ("helpers", "predict_products", NOTHING),
     ("engine.figures", "plot_scores", NOTHING),
@@ -231,7 +231,7 @@ def test_a_line_makes_stale_what_stands_on_it_and_nothing_else(run, add, room, n
     ("engine.image_models", "planes // 4", "planes // 2", ON_IMAGES),  # the small network's width
     ("engine.training", "max_grad_norm=1.0", "max_grad_norm=2.0", ON_ENCODERS),
     ("engine.fusions", "return sum(x) / len(x)", "return sum(x) / 3", AVERAGED),
-    ("helpers", 'OUR_MODEL = {', 'OUR_MODEL = {"x": "y",', ON_SCORES),
+    ("engine.paper_tables", 'OUR_MODEL = {', 'OUR_MODEL = {"x": "y",', ON_SCORES),
 ])
 def test_a_number_makes_stale_what_it_decides_and_nothing_else(run, change, room, old, new,
                                                                expected):

@@ -509,6 +509,39 @@ def test_stage_trains_on_the_training_part_and_its_model_loads(featured, standar
     assert names == ["curve.csv", "manifest.json", "model-0.safetensors", "model-1.safetensors"]
 
 
+def test_fusion_learns_from_the_rows_kept_from_the_encoders(featured):
+    run, split = featured(fusion_rows="held-out")
+    assert set(split["part"]) == {*run.parts} == {"train", "fusion", "val", "test"}
+    saved = load_file(h.stage(run, "fusion-add-add") / "model-0.safetensors")
+    held_out = h.read_representations(run, split.loc[split["part"] == "fusion", "product_id"])
+    assert torch.allclose(saved["mean_P"], held_out["P"].mean(0), atol=1e-5)
+
+
+def test_in_train_mode_only_the_rows_that_fusion_learns_from_change(featured, monkeypatch):
+    run, split = featured(encoder_mode="train")
+    asked, given = [], {}
+
+    def encode(run, variant, rows):
+        asked.append((variant.symbols, rows.tolist()))
+        return {symbol: torch.full((len(rows), 1), 7.0) for symbol in variant.symbols}
+
+    def train(model, x, *rest, **settings):
+        given.update(x)
+        return train_fusion(model, x, *rest, **settings)
+
+    train_fusion = h.train_fusion
+    monkeypatch.setattr(h, "encode_in_train_mode", encode)
+    monkeypatch.setattr(h, "train_fusion", train)
+    h.stage(run, "fusion-concat-concat-T_c+P")
+    train_rows = np.flatnonzero(split["part"] == "train")
+    assert asked == [(["T_c", "P"], train_rows.tolist())]
+    features = h.read_representations(run, split["product_id"])
+    for symbol, rows in given.items():
+        changed = (rows != features[symbol]).any(1).numpy()
+        assert np.flatnonzero(changed).tolist() == train_rows.tolist()
+        assert (rows[train_rows] == 7).all()
+
+
 def test_setting_standardise_reaches_the_variants(featured):
     run, _ = featured(standardise=False)
     saved = load_file(h.stage(run, "fusion-add-add") / "model-0.safetensors")
@@ -565,6 +598,40 @@ def test_a_missing_modality_is_the_mean_of_the_training_rows(featured):
     found = h.fusion_probabilities(run, variant, x, ["description"])
     assert torch.allclose(found, h.fusion_probabilities(run, variant, without), atol=1e-5)
     assert not torch.allclose(found, h.fusion_probabilities(run, variant, x), atol=1e-3)
+
+
+@pytest.mark.slow
+def test_vectors_in_train_mode_are_the_same_products_with_dropout(make_run, monkeypatch):
+    run = make_run(encoder_mode="train", image_batch=16)
+    variant = h.named_variant("concat-concat-T_c+D_f+P-whole")
+    for name in ("splits", "text", "camembert_title", "flaubert_description", "seresnext",
+                 "image_whole"):
+        h.stage(run, name)
+    split = h.read_split(run)
+    train = torch.tensor(np.flatnonzero(split["part"] == "train"))
+    frozen = h.read_representations(run, split["product_id"], "whole", variant.symbols)
+    found = h.encode_in_train_mode(run, variant, train)
+    again = h.encode_in_train_mode(run, variant, train)
+    for symbol, rows in found.items():
+        assert torch.equal(rows, again[symbol])  # drawn from the run's seed
+        assert (rows - frozen[symbol][train]).abs().amax(1).min() > 1e-3
+
+    def load(*arguments):
+        model, tokenizer = load_checkpoint(*arguments)
+        for module in model.modules():
+            for name in {"p", "dropout"} & {*vars(module)}:
+                setattr(module, name, 0.0)
+        return model, tokenizer
+
+    load_checkpoint = h.load_checkpoint
+    monkeypatch.setattr(h, "load_checkpoint", load)  # without dropout nothing is left of the mode
+    bare = h.encode_in_train_mode(run, variant, train)
+    for symbol in ("T_c", "D_f"):
+        assert torch.allclose(bare[symbol], frozen[symbol][train], atol=1e-5)
+    encoder, pictures = h.load_image_encoder(run).train(), h.cached_pictures(run, 64)
+    with torch.no_grad():
+        batches = [encoder(torch.tensor(pictures[rows])) for rows in train.split(16)]
+    assert torch.allclose(torch.cat(batches), found["P"], atol=1e-4)
 
 
 # --- a Z of one's own -----------------------------------------------------------------------------

@@ -205,9 +205,17 @@ def test_local_file_is_found_from_the_projects_root(tmp_path, monkeypatch):
 def test_no_weights_are_random_ones():
     network = torch.nn.Linear(2, 1)
     before = network.weight.clone()
-    for name, weights in (("small", "none"), ("small", "imagenet"), (PAPER_NETWORK, "none")):
-        assert load_weights(network, name, weights) == "random weights"
+    for name in ("small", PAPER_NETWORK):
+        assert load_weights(network, name, "none") == "random weights"
     assert torch.equal(network.weight, before)
+
+
+@pytest.mark.parametrize("network, setting, weights", [
+    ("small", "imagenet", "none"), ("small", "none", "none"), (PAPER_NETWORK, "none", "none"),
+    (PAPER_NETWORK, "imagenet", "imagenet")])
+def test_there_are_no_weights_for_the_small_network(network, setting, weights):
+    run = h.open_run("paper", "90-10", 0, {"seresnext": network, "image_weights": setting})
+    assert h.image_weights(run) == weights
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):

@@ -18,7 +18,7 @@ import helpers as h
 from conftest import write_bert, write_ens
 from engine.files import fast_hash
 from engine.rows import chosen_products
-from engine.settings import PARTS, TEXT_STAGES
+from engine.settings import TEXT_STAGES
 
 pytestmark = pytest.mark.slow
 # Texts of the same few tokens: other lengths would change how rows are padded, and so rounding.
@@ -116,10 +116,10 @@ def differing(one: dict, other: dict) -> list[str]:
     return [name for name in one if not np.array_equal(one[name], other[name])]
 
 
-@pytest.mark.parametrize("changed", ["test", "val"])
-def test_nothing_fitted_knows_the_rows_of_a_part(three, changed):
+@pytest.mark.parametrize("changed, mode", [("test", "eval"), ("val", "eval"), ("test", "train")])
+def test_nothing_fitted_knows_the_rows_of_a_part(three, changed, mode):
     names = ("baselines", *TEXT_STAGES, *IMAGES, *FUSIONS)
-    split, folders = three(names)
+    split, folders = three(names, encoder_mode=mode)
     before, after = folders[None], folders[changed]
     assert len(fitted(before)) == 2 * 5 + 2 * 6 + 2 + 2 * 2  # texts, pictures, fusions
     assert differing(fitted(before), fitted(after)) == []
@@ -127,7 +127,7 @@ def test_nothing_fitted_knows_the_rows_of_a_part(three, changed):
     scores = ["val_loss", "val_accuracy", "val_macro_f1"]  # by which the best epoch is chosen
     chosen_by = differing(curves(before, scores), curves(after, scores))
     assert (chosen_by == []) == (changed == "test")
-    for part in PARTS:
+    for part in ("train", "val", "test"):
         found = differing(rows_of(before, split, part), rows_of(after, split, part))
         everything = rows_of(before, split, part).keys() - {"majority class"}
         assert set(found) == (everything if part == changed else set()), part

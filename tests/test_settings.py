@@ -8,7 +8,7 @@ import pytest
 
 import helpers as h
 from engine.settings import (
-    PROTOCOL,
+    IN_FOLDER,
     SPEED_ONLY,
     choices,
     make_profile,
@@ -86,8 +86,8 @@ def test_choice_outside_the_list_is_named_with_the_list(name):
 
 
 def test_settings_with_a_list_of_choices():
-    assert WITH_CHOICES == ["rows", "bad_rows", "clean", "pooling", "regions", "precision",
-                            "compile"]
+    assert WITH_CHOICES == ["rows", "bad_rows", "clean", "texts", "pooling", "regions",
+                            "fusion_rows", "encoder_mode", "precision", "compile"]
     assert choices("rows") == ("described", "all") and choices("camembert") == ()
 
 
@@ -205,7 +205,7 @@ def test_each_setting_but_those_of_speed_has_another_folder(name):
     same = changed.folder == h.open_run("paper", "90-10", 0).folder
     assert same == (name in SPEED_ONLY)
     # Once: what the protocol says stands in its own part of the path.
-    assert (changed.suffix == "") == (name in (*SPEED_ONLY, *PROTOCOL))
+    assert (changed.suffix == "") == (name in (*SPEED_ONLY, *IN_FOLDER))
 
 
 @pytest.mark.parametrize("value", ["a/b", "../a", "my model", "a:b", "a\\b", "é*", "a+grid=3"])
@@ -224,6 +224,15 @@ def test_two_values_that_would_have_one_name_do_not_collide(one, other):
     names = [folder_of(**settings) for settings in (one, other)]
     assert names[0] != names[1] and all(len(name) <= 100 for name in names)
     assert names[0] == folder_of(**one)  # and each has always the same
+
+
+def test_a_protocol_stands_for_settings():
+    released = h.open_run("paper", "90-10", 0, {"protocol": "as-released"})
+    assert released.changed == {"texts": "joined", "image_weights": "none", "encoder_mode": "train"}
+    assert h.open_run("paper", "90-10", 0, {"protocol": "as-described"}).changed == {}
+    own = {"protocol": "as-released", "texts": "apart"}
+    assert h.open_run("paper", "90-10", 0, own).profile.texts == "apart"
+    assert "choose from: as-described, as-released" in refused("paper", "90-10", 0, protocol="mine")
 
 
 def test_a_notebooks_settings_may_be_json():

@@ -39,6 +39,26 @@ def test_parts_are_disjoint_whole_of_size_and_stratified(products, split, share,
         assert abs(of_class["val"] - 0.1 * (1 - share) * size) <= 1
 
 
+def test_held_out_rows_come_from_the_training_part_alone(products):
+    plain = h.make_split(products, "90-10", 0)
+    table = h.make_split(products, "90-10", 0, held_out=0.2)
+    for part in ("val", "test"):
+        assert ids(table, part) == ids(plain, part)
+    train, fusion = ids(table, "train"), ids(table, "fusion")
+    assert not train & fusion and train | fusion == ids(plain, "train")
+    in_training = plain[plain["part"] == "train"]["label_id"].value_counts()
+    for label, rows in in_training.items():
+        held_out = ((table["label_id"] == label) & (table["part"] == "fusion")).sum()
+        assert abs(held_out - 0.2 * rows) <= 1
+    groups = products["product_id"].to_numpy() // 700
+    table = h.make_split(products, "90-10", 0, groups, held_out=0.2)
+    assert (table.groupby(table["product_id"] // 700)["part"].nunique() == 1).all()
+    assert 0.1 < (table["part"] == "fusion").sum() / len(table) < 0.2
+    few = pd.DataFrame({"label_id": [0] * 3 + [1] * 40, "product_id": range(43)})
+    with pytest.raises(ValueError, match="needs 4 rows of each class.*10: 3"):
+        h.make_split(few, "90-10", 0, held_out=0.2)
+
+
 def test_rows_are_in_order_of_product_id(products):
     assert h.make_split(products, "90-10", 0)["product_id"].is_monotonic_increasing
 

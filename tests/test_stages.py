@@ -757,6 +757,7 @@ ON_TEXT_ENCODERS = {*h.TEXT_STAGES} | ON_FUSION
 ON_ENCODERS = ON_IMAGES | ON_TEXT_ENCODERS
 REACH = [  # (settings, what is made again)
     ({"rows": "all"}, ALL), ({"limit": 50}, ALL), ({"grouped": True}, ALL - {"text"}),
+    ({"fusion_rows": "held-out"}, ALL - {"text"}),
     ({"data": "elsewhere"}, set()),  # which RAKUTEN_DATA replaces: by content, not by name
     ({"clean": "light"}, {"text", "baselines"} | ON_TEXT_ENCODERS),
     ({"camembert": "nobody/x"}, {"camembert_title", "camembert_description"} | ON_FUSION),
@@ -766,18 +767,20 @@ REACH = [  # (settings, what is made again)
     ({"device_batch": 4}, ON_ENCODERS),
     *(({name: value}, ON_TEXT_ENCODERS) for name, value in {
         "text_width": 32, "text_layers": 2, "vocabulary": 300, "max_length": 40, "pooling": "mean",
-        "text_epochs": 2, "text_batch": 16, "text_lr": 0.1, "text_dropout": 0.2}.items()),
+        "text_epochs": 2, "text_batch": 16, "text_lr": 0.1, "text_dropout": 0.2,
+        "texts": "joined"}.items()),
     *(({name: value}, ON_IMAGES) for name, value in {
-        "seresnext": "timm/resnet18", "image_weights": "none", "image_size": 65,
+        "seresnext": "timm/resnet18", "image_weights": "helpers.py", "image_size": 65,
         "image_epochs": 2, "image_batch": 16, "image_lr": 0.1}.items()),
     *(({name: value}, {"image_regions"} | ON_FUSION) for name, value in {
         "region_size": 128, "grid": 8, "regions": "feature_map"}.items()),
     *(({name: value}, ON_FUSION) for name, value in {
         "standardise": False, "project": True, "dropout": 0.1, "fusion_epochs": 3,
         "fusion_batch": 8, "fusion_lr": 0.1, "fusion_seeds": 3,
-        "modality_dropout": 0.1}.items()),
+        "encoder_mode": "train", "modality_dropout": 0.1}.items()),
     ({"bootstrap": 60}, {"scores", "claims"}),
     ({"fusions": "tests/own_fusions.py"}, {"scores", "claims"}), ({"bad_rows": "set_aside"}, set()),
+    ({"as_released": True}, set()), ({"image_weights": "none"}, set()),  # the small one has none
     ({"gradient_checkpointing": True, "checkpoint_steps": 1, "processes": 3, "loader_workers": 2,
       "cache_pictures": False, "threads": 2, "deterministic": True}, set())]
 

@@ -5,6 +5,7 @@ import time
 
 import nltk
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from bs4 import BeautifulSoup
@@ -387,3 +388,12 @@ def test_tfidf_reads_pairs_of_words():
     train, labels = ["table rouge"] * 5 + ["rouge table"] * 5, [3] * 5 + [7] * 5
     found = h.tfidf_baseline(train, labels, ["table rouge", "rouge table"])
     assert found.argmax(1).tolist() == [3, 7] and found.max(1).min() > 0.6
+
+
+def test_encoders_read_their_field_or_both_as_one_text():
+    text = pd.DataFrame({"title": ["a b", "c"], "description": ["d", ""]})
+    assert h.encoder_texts(text, "description", "apart").tolist() == ["d", ""]
+    for field in h.FIELDS:
+        assert h.encoder_texts(text, field, "joined").tolist() == ["a b d", "c"]
+    with pytest.raises(ValueError, match="unknown texts 'both'; choose from: apart, joined"):
+        h.encoder_texts(text, "title", "both")
