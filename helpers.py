@@ -106,7 +106,16 @@ from engine.image_models import (
 )
 from engine.keys import makes, one_look
 from engine.late_fusion import LATE_FUSIONS, cross_fitted, fit_mixture, late_fusions, stack
-from engine.paper_tables import OUR_MODEL, TABLES, data_note, paper_table, readable_table
+from engine.paper_tables import (
+    OUR_MODEL,
+    TABLES,
+    data_note,
+    paper_table,
+    readable_table,
+    row_ahead,
+    rows_note,
+    style_table,
+)
 from engine.picture_cache import DecodedPictures, cached_pictures
 from engine.pictures import as_rgb, decode_picture, open_picture
 from engine.processes import device

@@ -21,9 +21,9 @@ from engine.runs import Run, runs_folder
 from engine.stages import is_made
 
 
-def read_tables(plan: list[Step]) -> list[tuple[str, pd.DataFrame | None]]:
-    """(title, table) of Tables I to V for each seed, of exactly these runs and from checked files;
-    None where a split has not been scored.
+def read_tables(plan: list[Step]) -> list[tuple[str, Run, pd.DataFrame | None]]:
+    """(title, run, table) of Tables I to V for each seed, of exactly these runs and from checked
+    files; None where a split has not been scored.
     """
     tables = []
     for seed in sorted({step.run.seed for step in plan}):
@@ -31,10 +31,10 @@ def read_tables(plan: list[Step]) -> list[tuple[str, pd.DataFrame | None]]:
             run = h.Run(plan[0].run.profile, split, seed)
             title = f"Table {number}, split {split}, seed {seed}"
             try:
-                path = h.read_stage(run, "scores") / f"table_{number}.csv"
-                tables.append((title, pd.read_csv(path)))
+                table = pd.read_csv(h.read_stage(run, "scores") / f"table_{number}.csv")
+                tables.append((f"{title}, {h.rows_note(run)}", run, table))
             except FileNotFoundError:
-                tables.append((f"{title}: not scored yet; run `{run.command}`", None))
+                tables.append((f"{title}: not scored yet; run `{run.command}`", run, None))
     return tables
 
 
@@ -62,22 +62,22 @@ def print_tables(plan: list[Step], console: Console) -> None:
     """The claims and the result tables on the console."""
     for title, table in read_claims(plan):
         print_table(f"{title}. {ABOUT_CLAIMS}", table, console)
-    for title, table in read_tables(plan):
+    for title, run, table in read_tables(plan):
         if table is None:
             console.print(title, highlight=False, soft_wrap=True)
             continue
-        run = plan[0].run
-        print_table(f"{title}. {h.data_note(run)}", h.readable_table(table, run), console)
+        shown, ahead = h.readable_table(table, run), h.row_ahead(table, run)
+        print_table(f"{title}. {h.data_note(run)}", shown, console, ahead)
 
 
-def print_table(title: str, table: pd.DataFrame, console: Console) -> None:
-    """One table on the console."""
+def print_table(title: str, table: pd.DataFrame, console: Console, bold: int | None = None) -> None:
+    """One table on the console, one of its rows in bold."""
     shown = Table(title=title, title_justify="left", box=rich.box.SIMPLE)
     for column in table:
         left = column in ("model", "claim", "verdict")
         shown.add_column(column, justify="left" if left else "right")
-    for row in table.itertuples(index=False):
-        shown.add_row(*map(str, row))
+    for place, row in enumerate(table.itertuples(index=False)):
+        shown.add_row(*map(str, row), style="bold" if place == bold else None)
     console.print(shown)
 
 
@@ -90,7 +90,6 @@ table { border-collapse: collapse; margin: .5rem 0 2rem }
 th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap }
 th:first-child, td:first-child, .claims :is(th, td):is(:nth-child(2), :last-child)
   { text-align: left }
-.other :is(th, td):nth-last-child(-n + 2) { color: #767676 }
 thead { border-bottom: 2px solid #222 }
 tbody tr { border-bottom: 1px solid #ddd } img { max-width: 100% } figure { margin: 2rem 0 }
 figcaption { color: #666 }
@@ -124,11 +123,8 @@ def write_report(plan: list[Step]) -> Path:
             pictures.append((name, os.path.relpath(path, folder)))
     tables = [(title, table.to_html(index=False, border=0, classes="claims"))
               for title, table in read_claims(plan)]
-    for title, table in read_tables(plan):
-        other = "other" if run.unlike_the_paper else ""
-        page = "" if table is None else h.readable_table(table, run).to_html(
-            index=False, border=0, classes=other)
-        tables.append((title, page))
+    for title, its_run, table in read_tables(plan):
+        tables.append((title, "" if table is None else h.style_table(table, its_run).to_html()))
     text = REPORT.render(
         title=", ".join(["Hierarchical fusion", f"profile {run.profile.name}",
                          f"{run.protocol} rows", *run.told]),

@@ -1,12 +1,16 @@
 """The paper's Tables I to V with our scores in its rows, and what a reader has to know of them."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from engine.catalogue import load_published
 from engine.runs import Run
-from engine.scores import score_table
+from engine.scores import score_table, who_beats_whom
 from engine.settings import PROFILES, SLOTS, one_of
+from engine.stages import is_made, read_manifest, read_stage
 
 TABLES = {"I": "90-10", "II": "90-10", "III": "90-10", "IV": "80-20", "V": "80-20"}
 # The paper's rows, as data/published_results.csv names them, and our models.
@@ -49,6 +53,43 @@ def readable_table(table: pd.DataFrame, run: Run) -> pd.DataFrame:
     for metric in ("accuracy", "macro_f1"):
         ours[f"{heading}: {metric}"] = table[f"paper_{metric}"].map("{:.2f}".format)
     return ours
+
+
+def ahead_of_all(models: Sequence[str], comparisons: pd.DataFrame) -> str:
+    """The one of the models that the corrected test calls better than each of the others; "" if
+    there is none.
+    """
+    square = who_beats_whom(comparisons).loc[models, models]
+    return next((model for model in models if square.loc[model].sum() == len(models) - 1), "")
+
+
+def row_ahead(table: pd.DataFrame, run: Run) -> int | None:
+    """The place of the row of a table of `paper_table` that is ahead of all its others."""
+    if not is_made(run, "claims"):
+        return None
+    comparisons = pd.read_csv(read_stage(run, "claims") / "comparisons.csv")
+    models = [OUR_MODEL[model] for model in table["model"]]
+    ahead = ahead_of_all(models, comparisons)
+    return models.index(ahead) if ahead else None
+
+
+def style_table(table: pd.DataFrame, run: Run) -> Styler:
+    """`readable_table` with colours: bold is the row that is ahead of all others by the corrected
+    test, grey are the paper's columns where they are another matter.
+    """
+    shown, ahead = readable_table(table, run), row_ahead(table, run)
+    styled = shown.style.hide(axis="index").set_uuid("-".join(table["model"].str[0]))
+    styled = styled.set_properties(["model"], **{"text-align": "left"})
+    if run.unlike_the_paper:
+        styled = styled.set_properties(shown.columns[-2:], color="#767676")
+    return styled if ahead is None else styled.set_properties(
+        pd.IndexSlice[ahead, :], **{"font-weight": "bold"})
+
+
+def rows_note(run: Run) -> str:
+    """How many products trained the run's models, and how many scored them."""
+    rows = read_manifest(run, "splits")["metrics"]
+    return f"{rows['train']:,} training and {rows['test']:,} test products"
 
 
 def data_note(run: Run) -> str:

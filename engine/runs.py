@@ -13,8 +13,8 @@ from pathlib import Path
 
 from engine import settings
 from engine.settings import (
-    PROFILES,
     IN_FOLDER,
+    PROFILES,
     SLOTS,
     SPEED_ONLY,
     SPLITS,
@@ -84,8 +84,9 @@ class Run:
             return any(profile[name] != paper[name] for name in names)
 
         reasons = {"other data": self.synthetic,
-                   "other encoders": other(*SLOTS.values(), "freeze_encoders"),
-                   "other rows": other("rows", "grouped", "limit", "bad_rows")}
+                   "other encoders": other(*SLOTS.values(), "freeze_encoders", "image_weights"),
+                   "other texts": other("texts", "clean"),
+                   "other rows": other("rows", "grouped", "limit", "bad_rows", "fusion_rows")}
         return [reason for reason, given in reasons.items() if given]
 
     @property

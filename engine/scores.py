@@ -176,24 +176,22 @@ def contrast(found: Resamples, first: Sequence[str], second: Sequence[str]) -> d
     ours = sum(found.value[model] for model in first) / len(first)
     theirs = sum(found.value[model] for model in second) / len(second)
     ahead = (ours > theirs).mean() + (ours == theirs).mean() / 2
-    return {"n": found.n, **interval([(found, sides)]), "ahead": float(ahead)}
+    return {"n": found.n, **interval(found, sides), "ahead": float(ahead)}
 
 
-def interval(parts: Sequence[tuple[Resamples, dict[str, float]]]) -> dict:
+def interval(found: Resamples, shares: dict[str, float]) -> dict:
     """Effect in points, its standard error, 95% interval and two-sided p of a sum of scores, each
-    {model: its share in the sum}; parts on other products are independent.
+    {model: its share in the sum}.
     """
-    effect = variance = doubt = 0.0
-    for found, shares in parts:
-        effect += sum(share * found.value[model].mean() for model, share in shares.items())
-        rows = sum(share * found.drawn[model].mean(1) for model, share in shares.items())
-        variance += rows.var(ddof=1)
-        for model, share in shares.items():
-            seeds = found.value[model]
-            variance += share ** 2 * seed_variance(seeds, found.drawn[model])
-            if len(seeds) > 1:
-                spread = share ** 2 * seeds.var(ddof=1) / len(seeds)
-                doubt += spread ** 2 / (len(seeds) - 1)
+    effect = sum(share * found.value[model].mean() for model, share in shares.items())
+    rows = sum(share * found.drawn[model].mean(1) for model, share in shares.items())
+    variance, doubt = rows.var(ddof=1), 0.0
+    for model, share in shares.items():
+        seeds = found.value[model]
+        variance += share ** 2 * seed_variance(seeds, found.drawn[model])
+        if len(seeds) > 1:
+            spread = share ** 2 * seeds.var(ddof=1) / len(seeds)
+            doubt += spread ** 2 / (len(seeds) - 1)
     # Satterthwaite: the fewer seeds the error is known from, the longer the tails.
     tails, error = scipy.stats.t(variance ** 2 / doubt if doubt else math.inf), math.sqrt(variance)
     half = tails.ppf(0.975) * error

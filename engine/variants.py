@@ -51,7 +51,12 @@ class Variant:
     @property
     def symbols(self) -> list[str]:
         """The representations that it reads."""
-        return [symbol for symbol in REPRESENTATIONS if symbol in str(self.tree)]
+        return [symbol for symbol in REPRESENTATIONS if symbol in _leaves(self.tree)]
+
+
+def _leaves(tree: tuple | str) -> list[str]:
+    """The representations that a tree joins."""
+    return [tree] if isinstance(tree, str) else [leaf for part in tree for leaf in _leaves(part)]
 
 
 def named_variant(name: str) -> Variant:

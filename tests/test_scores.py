@@ -1,17 +1,22 @@
 """Scores and tables: metrics against hand-worked counts and scikit-learn, intervals, the paper's
 rows, two runs compared.
 """
+import itertools
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
 import torch
+from bs4 import BeautifulSoup
 from safetensors.torch import save_file
 from sklearn.metrics import classification_report
 
 import helpers as h
 from commands.plan import stage_names
 from engine.claims import CLAIMS
+from engine.paper_tables import ahead_of_all
 from engine.runs import runs_folder
 from engine.scores import confusion_cells, scores_of_cells
 from engine.settings import OTHER_FUSIONS
@@ -181,6 +186,41 @@ def test_the_samples_tables_name_the_small_encoders_and_the_other_data(scores):
     readable = h.readable_table(h.paper_table(scores, "I"), h.open_run("sample", "90-10", 0))
     assert readable["model"][0] == "CamemBERT (small) description"
     assert readable.columns[-1] == "paper (other data, other encoders): macro_f1"
+
+
+COMPARED = [("concat-concat", "concat-add", 3.0, 0.01),
+            ("concat-concat", "concat-average", 2.0, 0.04),
+            ("concat-concat", "average-average", -1.0, 0.03),
+            ("concat-add", "concat-average", 1.0, 0.9),
+            ("concat-add", "average-average", -4.0, 0.001),
+            ("concat-average", "average-average", -3.0, 0.02)]
+
+
+@pytest.mark.parametrize("p, ahead", [(0.049, "average-average"), (0.051, "")])
+def test_a_row_is_ahead_only_where_each_other_is_told_from_it(p, ahead):
+    table = pd.DataFrame(COMPARED, columns=["first", "second", "effect", "p_holm"])
+    models = ["concat-concat", "concat-add", "concat-average", "average-average"]
+    table.loc[5, "p_holm"] = p
+    assert ahead_of_all(models, table) == ahead
+    assert ahead_of_all(models[:3], table) == "concat-concat"
+    assert ahead_of_all(models[1:3], table) == ""
+
+
+@pytest.mark.parametrize("place, changes, grey", [
+    (None, {}, []), (3, {}, []), (0, {"rows": "all"}, [-2, -1])])
+def test_a_table_is_bold_where_a_row_is_ahead_and_grey_where_the_papers_is_another_matter(
+        scores, monkeypatch, place, changes, grey):
+    monkeypatch.setattr("engine.paper_tables.row_ahead", lambda table, run: place)
+    run, table = h.open_run("paper", "90-10", 0, changes), h.paper_table(scores, "II")
+    page = BeautifulSoup(h.style_table(table, run).to_html(), "html.parser")
+    rules = [rule.partition("{") for rule in page.style.string.split("}")]
+    bold = "".join(cells for cells, _, rule in rules if "bold" in rule)
+    pale = "".join(cells for cells, _, rule in rules if "#767676" in rule)
+    width = len(h.readable_table(table, run).columns)
+    for row, column in itertools.product(range(4), range(width)):
+        cell = rf"row{row}_col{column}\b"
+        assert bool(re.search(cell, bold)) == (row == place)
+        assert bool(re.search(cell, pale)) == (column - width in grey)
 
 
 @pytest.mark.parametrize("number, row, accuracy, macro_f1", SOME_NUMBERS)
