@@ -110,6 +110,7 @@ from engine.paper_tables import (
     OUR_MODEL,
     TABLES,
     data_note,
+    over_seeds,
     paper_table,
     readable_table,
     row_ahead,

@@ -52,6 +52,18 @@ def read_claims(plan: list[Step]) -> list[tuple[str, pd.DataFrame]]:
     return tables
 
 
+def read_seeds(plan: list[Step]) -> list[tuple[str, pd.DataFrame]]:
+    """(title, table) of what the seed does, for each split that has been scored with several."""
+    tables = []
+    for split in settings.SPLITS:
+        runs = [run for run in runs_of(plan) if run.split == split and is_made(run, "scores")]
+        if len(runs) > 1:
+            seeds = ", ".join(str(run.seed) for run in runs)
+            title = f"Over the seeds {seeds} of split, encoders and fusion, split {split}"
+            tables.append((title, h.over_seeds(runs)))
+    return tables
+
+
 EFFECT = ["n", "effect", "low", "high", "p_holm"]
 ABOUT_CLAIMS = ("Effect on macro-F1 of the test part, in points, with its 95% interval over "
                 "products and fusion seeds (split and encoders are this run's); p corrected for "
@@ -68,6 +80,8 @@ def print_tables(plan: list[Step], console: Console) -> None:
             continue
         shown, ahead = h.readable_table(table, run), h.row_ahead(table, run)
         print_table(f"{title}. {h.data_note(run)}", shown, console, ahead)
+    for title, table in read_seeds(plan):
+        print_table(f"{title}. Percent, test part.", table, console)
 
 
 def print_table(title: str, table: pd.DataFrame, console: Console, bold: int | None = None) -> None:
@@ -125,6 +139,7 @@ def write_report(plan: list[Step]) -> Path:
               for title, table in read_claims(plan)]
     for title, its_run, table in read_tables(plan):
         tables.append((title, "" if table is None else h.style_table(table, its_run).to_html()))
+    tables += [(title, table.to_html(index=False, border=0)) for title, table in read_seeds(plan)]
     text = REPORT.render(
         title=", ".join(["Hierarchical fusion", f"profile {run.profile.name}",
                          f"{run.protocol} rows", *run.told]),

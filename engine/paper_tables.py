@@ -86,6 +86,19 @@ def style_table(table: pd.DataFrame, run: Run) -> Styler:
         pd.IndexSlice[ahead, :], **{"font-weight": "bold"})
 
 
+def over_seeds(runs: Sequence[Run]) -> pd.DataFrame:
+    """Mean and standard deviation of the tables' models in percent, over runs that differ by their
+    seed: in the split, in all initial weights, in the order of the rows.
+    """
+    scores = pd.concat(pd.read_csv(read_stage(run, "scores") / "scores.csv") for run in runs)
+    groups = scores[scores["model"].isin(OUR_MODEL.values())].groupby("model", sort=False)
+    found = {"model": groups["model"].first(), "seeds": groups.size()}
+    for metric in ("accuracy", "macro_f1"):
+        of_seed = groups[metric]
+        found[metric], found[f"{metric}, deviation"] = of_seed.mean(), of_seed.std(ddof=1)
+    return pd.DataFrame(found).round(2).reset_index(drop=True)
+
+
 def rows_note(run: Run) -> str:
     """How many products trained the run's models, and how many scored them."""
     rows = read_manifest(run, "splits")["metrics"]

@@ -241,6 +241,23 @@ def test_every_published_row_has_a_model_of_ours():
     assert set(h.OUR_MODEL.values()) == known
 
 
+def test_several_seeds_have_a_mean_and_a_deviation(scores, tmp_path, monkeypatch):
+    def read(run, name):
+        folder = tmp_path / str(run.seed)
+        folder.mkdir()
+        table = scores.assign(accuracy=50 + 10 * run.seed, macro_f1=40.0)
+        extra = pd.DataFrame([{"model": "majority class", "accuracy": 1.0, "macro_f1": 1.0}])
+        pd.concat([table, extra]).to_csv(folder / "scores.csv")
+        return folder
+
+    monkeypatch.setattr("engine.paper_tables.read_stage", read)
+    runs = [h.open_run("paper", "90-10", seed) for seed in (0, 1, 2)]
+    table = h.over_seeds(runs)
+    assert table["model"].tolist() == scores["model"].tolist() and (table["seeds"] == 3).all()
+    assert (table["accuracy"] == 60).all() and (table["accuracy, deviation"] == 10).all()
+    assert (table["macro_f1"] == 40).all() and (table["macro_f1, deviation"] == 0).all()
+
+
 def test_sample_is_never_called_rakuten(run):
     assert "synthetic sample" in h.data_note(h.open_run("sample", "90-10", 0))
     assert "Rakuten" in h.data_note(run) and "described" in h.data_note(run)
