@@ -1130,7 +1130,8 @@ def encoder_probabilities(run: Run, model: str, product_ids: Sequence[int]) -> T
 @one_look()  # at what the many stages were given: once for them all
 def all_probabilities(run: Run, part: str) -> tuple[np.ndarray, dict[str, Tensor]]:
     """(true labels [N], {model: probabilities}) of baselines and encoders [N, 27], of fusion
-    variants [N, seeds, 27] and of late fusions [N, 27] on one part, in order of product id.
+    variants [N, seeds, 27], of late fusions [N, 27] and of the blend of both [N, seeds, 27], on one
+    part, in order of product id.
 
     Late fusions are fitted on the validation part, whose own rows are cross-fitted. Shown in 08.
     """
@@ -1143,11 +1144,14 @@ def all_probabilities(run: Run, part: str) -> tuple[np.ndarray, dict[str, Tensor
         found[variant.name] = fusion_probabilities(run, variant, x[variant.picture])
     encoders = torch.stack([found[model] for model in ENCODER_MODELS], 1)
     if part == "val":
-        return labels.numpy(), found | cross_fitted(encoders, labels)
-    val = read_split(run).query("part == 'val'")
-    others = [encoder_probabilities(run, model, val["product_id"]) for model in ENCODER_MODELS]
-    val_labels = torch.tensor(val["label_id"].to_numpy())
-    return labels.numpy(), found | late_fusions(torch.stack(others, 1), val_labels, encoders)
+        found |= cross_fitted(encoders, labels)
+    else:
+        val = read_split(run).query("part == 'val'")
+        others = [encoder_probabilities(run, model, val["product_id"]) for model in ENCODER_MODELS]
+        val_labels = torch.tensor(val["label_id"].to_numpy())
+        found |= late_fusions(torch.stack(others, 1), val_labels, encoders)
+    found["blend"] = (found["average-average"] + found["late mean"][:, None]) / 2
+    return labels.numpy(), found
 
 
 @makes("scores")
@@ -1187,9 +1191,9 @@ def read_predictions(run: Run, part: str = "test") -> tuple[np.ndarray, dict[str
 
 
 def model_order(run: Run) -> list[str]:
-    """All scored models: baselines, encoders, fusions, late fusions."""
+    """All scored models: baselines, encoders, fusions, late fusions, the blend."""
     fusions = [variant.name for variant in scored_variants(run)]
-    return [*BASELINES, *ENCODER_MODELS, *fusions, *LATE_FUSIONS]
+    return [*BASELINES, *ENCODER_MODELS, *fusions, *LATE_FUSIONS, "blend"]
 
 
 @makes("claims")
@@ -1202,8 +1206,8 @@ def build_claims(run: Run, name: str, folder: Path) -> dict:
     truth, predicted = read_predictions(run, "val")
     val = resample(truth, predicted, "macro_f1", run.profile.bootstrap)
     single = max(ENCODER_MODELS, key=lambda model: val.value[model].mean())
-    fusions = [variant.name for variant in scored_variants(run)]
-    chosen = recommend(val, [*fusions, *LATE_FUSIONS])
+    fusions = [model for model in model_order(run) if model not in (*BASELINES, *ENCODER_MODELS)]
+    chosen = recommend(val, fusions)
     truth, predicted = read_predictions(run)
     found = resample(truth, predicted, "macro_f1", run.profile.bootstrap)
     save_table(folder / "claims.csv", claims_table(found, single))

@@ -357,7 +357,8 @@ def test_chain_ends_in_the_test_parts_scores(make_run):
     predictions = h.load_tensors(folder / "predictions.safetensors", test["product_id"])
     assert predictions.pop("label_id").tolist() == test["label_id"].tolist()
     table = pd.read_csv(folder / "scores.csv").set_index("model")
-    assert set(table.index) == set(predictions) and len(table) == 4 + 5 + 6 + len(OTHER_FUSIONS) + 3
+    assert set(table.index) == set(predictions)
+    assert len(table) == 4 + 5 + 6 + len(OTHER_FUSIONS) + 4
     assert set(table["n"]) == {len(test)}
     for model, each in predictions.items():
         assert torch.allclose(each.sum(-1), torch.tensor(1.0), atol=1e-4)
@@ -365,6 +366,8 @@ def test_chain_ends_in_the_test_parts_scores(make_run):
         assert seeds.shape[1] == (1 if model in ONE_SEED else run.profile.fusion_seeds)
         right = (seeds == test["label_id"].to_numpy()[:, None]).mean()
         assert table.loc[model, "accuracy"] == pytest.approx(100 * right)
+    halves = predictions["average-average"] + predictions["late mean"][:, None]
+    assert torch.allclose(predictions["blend"], halves / 2, atol=1e-6)
     tables = sorted(path.name for path in folder.glob("table_*"))
     assert tables == ["table_I.csv", "table_II.csv", "table_III.csv"]
     kinds = {path.suffix for path in runs_folder().rglob("*") if path.is_file()}
