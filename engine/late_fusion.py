@@ -33,10 +33,13 @@ def stack(probabilities: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
     """Probabilities [rows, 27] by a logistic regression on the logarithms of all models'
     probabilities [N, models, 27], fitted on these labels. Shown in 09.
     """
-    logarithms = [x.clamp(min=1e-6).log().flatten(1).numpy() for x in (probabilities, rows)]
+    # In double precision: logarithms of so many models are nearly dependent, and in single
+    # precision the fit stops early, at 0.05 of a probability elsewhere on another machine.
+    logarithms = [x.double().clamp(min=1e-6).log().flatten(1).numpy()
+                  for x in (probabilities, rows)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # many classes for the rows: so it is
-        model = LogisticRegression(max_iter=1000).fit(logarithms[0], labels)
+        model = LogisticRegression(max_iter=5000, tol=1e-6).fit(logarithms[0], labels)
     found = torch.zeros(len(rows), rows.shape[-1])
     found[:, model.classes_] = torch.tensor(model.predict_proba(logarithms[1])).float()
     return found
