@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 from pandas.io.formats.style import Styler
 
 from engine.catalogue import load_published
-from engine.runs import Run
+from engine.runs import Run, from_root
 from engine.scores import score_table, who_beats_whom
 from engine.settings import PROFILES, SLOTS, one_of
 from engine.stages import is_made, read_manifest, read_stage
@@ -47,6 +48,7 @@ def readable_table(table: pd.DataFrame, run: Run) -> pd.DataFrame:
     for word, slot in SLOTS.items():
         ran = getattr(run.profile, slot)
         if ran != getattr(PROFILES["paper"], slot):
+            ran = Path(ran).name if from_root(ran).is_dir() else ran
             ours["model"] = ours["model"].str.replace(word, f"{word} ({ran})", regex=False)
     why = run.unlike_the_paper
     heading = f"paper ({', '.join(why)})" if why else "paper"

@@ -62,7 +62,8 @@ def bootstrap(truth: Sequence[int], predicted: Sequence[int], resamples: int,
     for i, metric in enumerate(METRICS):
         seeds = 1.96 * math.sqrt(seed_variance(value[1:, i], drawn[1:, i].T))
         below, above = (math.hypot(end[i] - value[0, i], seeds) for end in (low, high))
-        intervals[metric] = (float(value[0, i] - below), float(value[0, i] + above))
+        ends = np.clip([value[0, i] - below, value[0, i] + above], 0, 1)
+        intervals[metric] = tuple(map(float, ends))
     return intervals
 
 

@@ -180,7 +180,7 @@ def test_nothing_is_done_twice(studied, place):
 
 def test_a_changed_setting_makes_only_what_reads_it_and_overwrites_nothing(studied, place):
     """With a setting given by a file, which papermill hands to the notebook."""
-    (place / "mine.toml").write_text("fusion_lr = 0.01\nfusion_epochs = 2\n")
+    (place / "mine.toml").write_text("fusion_lr = 0.01\nfusion_epochs = 2\nfusion_seeds = 1\n")
     before, others = stage_folders(place), set((place / "runs" / "stages").iterdir())
     changed = run(place, *STUDY, "--config", str(place / "mine.toml"), "--only", "07")
     assert changed.returncode == 0, changed.stderr
@@ -188,13 +188,13 @@ def test_a_changed_setting_makes_only_what_reads_it_and_overwrites_nothing(studi
     made = {path.name for path in (place / "runs" / "stages").iterdir() if path.is_dir()} \
         - {path.name for path in others}
     assert len(made) == FUSIONS and all(name.startswith("fusion-") for name in made)
-    own = seed_folder(place).with_name("seed0+fusion_epochs=2+fusion_lr=0.01")
+    own = seed_folder(place).with_name("seed0+fusion_epochs=2+fusion_lr=0.01+fusion_seeds=1")
     assert (own / "notebooks" / "07_hierarchical_fusion.ipynb").exists()
     assert "not scored yet" in changed.stdout  # not the tables of the other settings
 
 
 def test_what_no_run_names_is_deleted_and_nothing_else(studied, place):
-    own = seed_folder(place).with_name("seed0+fusion_epochs=2+fusion_lr=0.01")
+    own = seed_folder(place).with_name("seed0+fusion_epochs=2+fusion_lr=0.01+fusion_seeds=1")
     kept = set(stage_folders(place).values())
     shutil.rmtree(own)
     listed = run(place, "status", "--disk")

@@ -98,6 +98,13 @@ def test_interval_of_a_perfect_prediction_is_a_point():
     assert set(h.bootstrap([0, 1, 2] * 5, [0, 1, 2] * 5, 20).values()) == {(1.0, 1.0)}
 
 
+def test_an_interval_stays_within_what_a_score_can_be():
+    truth = np.arange(40) % 8
+    guesses = np.stack([np.where(truth == 0, 0, 9), truth], 1)  # two seeds, far apart
+    for low, high in h.bootstrap(truth, guesses, 200).values():
+        assert low == 0 and high == 1
+
+
 def test_interval_holds_the_score_and_shrinks_with_the_root_of_n():
     truth, predicted = random_rows(200)
     few, point = h.bootstrap(truth, predicted, 400), h.score(truth, predicted)
@@ -171,6 +178,8 @@ def test_table_has_the_papers_rows_in_its_order_with_our_scores_beside(scores, n
     ({"limit": 300, "seresnext": "small"}, "paper (other encoders, other rows)",
      "CamemBERT description"),
     ({"rows": "all"}, "paper (other rows)", "CamemBERT description"),
+    ({"camembert": "data"}, "paper (other encoders)", "CamemBERT (data) description"),
+    ({"texts": "joined"}, "paper (other texts)", "CamemBERT description"),
     ({"fusion_epochs": 3}, "paper", "CamemBERT description")])
 def test_a_table_says_what_ran_and_why_the_papers_figures_are_another_matter(scores, changes, why,
                                                                              first):
