@@ -105,6 +105,7 @@ th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap }
 th:first-child, td:first-child, .claims :is(th, td):is(:nth-child(2), :last-child)
   { text-align: left }
 thead { border-bottom: 2px solid #222 }
+thead th { white-space: normal; max-width: 9rem; vertical-align: bottom }
 tbody tr { border-bottom: 1px solid #ddd } img { max-width: 100% } figure { margin: 2rem 0 }
 figcaption { color: #666 }
 </style><h1>{{ title }}</h1><p>{{ note }} {{ claims }}</p>
