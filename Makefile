@@ -5,7 +5,7 @@ PYTHON ?=
 # make test PYTEST_ARGS=
 PYTEST_ARGS ?= -n 2
 PY := .venv/bin/python
-CODE := *.py engine commands tests data
+CODE := *.py engine commands tests data docs
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s  %s\n", $$1, $$2}' Makefile

@@ -112,7 +112,8 @@ def study(words: argparse.Namespace) -> None:
         if words.profile == "sample" and not words.dry_run:
             beside.submit(make_sample, plan)
         from commands import costs, doctor, execute
-        from commands.report import print_tables, write_report
+        from commands.report import print_tables
+        from commands.site import write_report
 
     doctor.refuse_fatal(*plans.runs_of(plan), needs_catalogue=not words.dry_run)
     if words.dry_run:
@@ -127,7 +128,6 @@ def study(words: argparse.Namespace) -> None:
 def carry_out(plan: list[plans.Step], chosen: list[str], words: argparse.Namespace) -> None:
     """Make the stages side by side where that is asked for, then execute the chosen notebooks."""
     from commands import execute
-    from commands.report import write_page
     from engine.progress import cores
 
     steps = [step for step in plan if step.notebook in chosen]
@@ -142,8 +142,7 @@ def carry_out(plan: list[plans.Step], chosen: list[str], words: argparse.Namespa
             steps.remove(step)
     runs = len(plans.runs_of(plan))
     at_a_time = min(runs, cores()) if words.profile == "sample" else 1
-    execute.execute(plans.step_graph(steps), labels, words.notebooks or at_a_time, console,
-                    after=write_page)  # else half a minute at the end
+    execute.execute(plans.step_graph(steps), labels, words.notebooks or at_a_time, console)
 
 
 def make_sample(plan: list[plans.Step]) -> None:
@@ -197,7 +196,7 @@ def doctor(words: argparse.Namespace) -> int:
 def report(words: argparse.Namespace) -> None:
     """Write the report again, from what is done."""
     plan = make_plan(words)
-    from commands.report import write_report
+    from commands.site import write_report
 
     console.print(f"Report: {write_report(plan)}", highlight=False, soft_wrap=True)
 

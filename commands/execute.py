@@ -112,21 +112,17 @@ class Board:
 
 
 def execute(steps: dict[Step, list[Step]], labels: dict[Step, str], at_a_time: int,
-            console: Console, after: Callable[[Step], object]) -> None:
-    """Execute notebooks, some at a time, each in a kernel of its own; StepFailed names the cell.
-
-    `after(step)` is called beside those that follow, for one notebook at a time.
-    """
+            console: Console) -> None:
+    """Execute notebooks, some at a time, each in a kernel of its own; StepFailed names the cell."""
     board = Board(console)
     share = str(max(1, cores() // at_a_time))
 
     def tell(step: Step, result: dict) -> None:
         console.print(f"{labels[step]}  {result['seconds']:.0f} s, peak "
                       f"{result['peak_memory_gb']:.1f} GB", highlight=False)
-        beside.submit(after, step)
 
     with (own_kernel(), console.status("starting") as status,
-          ThreadPoolExecutor(at_a_time) as pool, ThreadPoolExecutor(1) as beside):
+          ThreadPoolExecutor(at_a_time) as pool):
         def submit(step: Step) -> Future:
             key = step_key(step)  # before it runs: an edit meanwhile is seen
             return pool.submit(execute_one, step, key, labels[step], share, board)

@@ -1,23 +1,18 @@
-"""The result tables, the report's page, and what of the default run stands in the repository."""
+"""The result tables, and what of the default run stands in the repository."""
 from __future__ import annotations
 
-import os
 import shutil
-from pathlib import Path
 
-import jinja2
 import nbformat
 import pandas as pd
 import rich.box
-from nbconvert import HTMLExporter
 from rich.console import Console
 from rich.table import Table
 
 import helpers as h
 from commands.plan import Step, make_plan, runs_of, state
 from engine import settings
-from engine.files import read_json, write_text
-from engine.runs import Run, runs_folder
+from engine.runs import Run
 from engine.stages import is_made
 
 
@@ -93,82 +88,6 @@ def print_table(title: str, table: pd.DataFrame, console: Console, bold: int | N
     for place, row in enumerate(table.itertuples(index=False)):
         shown.add_row(*map(str, row), style="bold" if place == bold else None)
     console.print(shown)
-
-
-REPORT = jinja2.Environment(autoescape=True).from_string(
-    """<!doctype html><html lang="en"><meta charset="utf-8">
-<title>{{ title }}</title><style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem;
-  color: #222 }
-table { border-collapse: collapse; margin: .5rem 0 2rem }
-th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap }
-th:first-child, td:first-child, .claims :is(th, td):is(:nth-child(2), :last-child)
-  { text-align: left }
-thead { border-bottom: 2px solid #222 }
-thead th { white-space: normal; max-width: 9rem; vertical-align: bottom }
-tbody tr { border-bottom: 1px solid #ddd } img { max-width: 100% } figure { margin: 2rem 0 }
-figcaption { color: #666 }
-</style><h1>{{ title }}</h1><p>{{ note }} {{ claims }}</p>
-{% for heading, table in tables %}<h2>{{ heading }}</h2>{{ table|safe }}{% endfor %}
-<h2>Notebooks</h2>{{ steps|safe }}
-<h2>Figures</h2>{% for name, path in figures %}<figure><img src="{{ path }}" alt="{{ name }}">
-<figcaption>{{ name }}</figcaption></figure>{% endfor %}</html>
-""")
-
-
-# nbconvert gives code in Markdown, as `h.show` prints it, the letters of running text.
-CODE_STYLE = "<style>.jp-RenderedMarkdown pre { font: 13px/1.35 monospace }</style>"
-
-
-def report_folder(run: Run) -> Path:
-    """`runs/<profile>/<protocol>/report[+<name>=<value>]`, the same for all splits and seeds."""
-    return runs_folder() / run.profile.name / run.protocol / f"report{run.suffix}"
-
-
-def write_report(plan: list[Step]) -> Path:
-    """Tables, notebooks with minutes and memory, figures, as one page: `index.html`."""
-    run = plan[0].run
-    folder = report_folder(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [_row_of(step) for step in plan]
-    pictures = []
-    for each in runs_of(plan):
-        for path in sorted(each.folder.glob("figures/*.png")):
-            name = f"{path.stem}, split {each.split}, seed {each.seed}"
-            pictures.append((name, os.path.relpath(path, folder)))
-    tables = [(title, table.to_html(index=False, border=0, classes="claims"))
-              for title, table in read_claims(plan)]
-    for title, its_run, table in read_tables(plan):
-        tables.append((title, "" if table is None else h.style_table(table, its_run).to_html()))
-    tables += [(title, table.to_html(index=False, border=0)) for title, table in read_seeds(plan)]
-    text = REPORT.render(
-        title=", ".join(["Hierarchical fusion", f"profile {run.profile.name}",
-                         f"{run.protocol} rows", *run.told]),
-        note=h.data_note(run), claims=ABOUT_CLAIMS, tables=tables, figures=pictures,
-        steps=pd.DataFrame(rows).to_html(index=False, border=0, escape=False))
-    write_text(folder / "index.html", text)
-    return folder / "index.html"
-
-
-def write_page(step: Step) -> Path:
-    """The page of an executed notebook in the report, written where it is older than it."""
-    folder = report_folder(step.run)
-    page = folder / f"{step.notebook}-{step.run.split}-seed{step.run.seed}.html"
-    if not page.exists() or page.stat().st_mtime < step.output.stat().st_mtime:
-        text, _ = HTMLExporter().from_filename(str(step.output))
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(page, text.replace("</head>", f"{CODE_STYLE}</head>", 1))
-    return page
-
-
-def _row_of(step: Step) -> dict:
-    """What the report says of a notebook."""
-    done, link = read_json(step.manifest) or {}, step.notebook
-    if step.output.exists():
-        link = f'<a href="{write_page(step).name}">{step.notebook}</a>'
-    return {"notebook": link, "split": step.run.split, "seed": step.run.seed, "state": state(step),
-            "minutes": round(done["seconds"] / 60, 1) if done else "",
-            "peak memory (GB)": done.get("peak_memory_gb", "")}
 
 
 def publish() -> None:

@@ -57,6 +57,9 @@ def readable_table(table: pd.DataFrame, run: Run) -> pd.DataFrame:
     return ours
 
 
+GREY = "var(--color-foreground-secondary, #767676)"  # on the site's dark pages another one
+
+
 def ahead_of_all(models: Sequence[str], comparisons: pd.DataFrame) -> str:
     """The one of the models that the corrected test calls better than each of the others; "" if
     there is none.
@@ -83,7 +86,7 @@ def style_table(table: pd.DataFrame, run: Run) -> Styler:
     styled = shown.style.hide(axis="index").set_uuid("-".join(table["model"].str[0]))
     styled = styled.set_properties(["model"], **{"text-align": "left"})
     if run.unlike_the_paper:
-        styled = styled.set_properties(shown.columns[-2:], color="#767676")
+        styled = styled.set_properties(shown.columns[-2:], color=GREY)
     return styled if ahead is None else styled.set_properties(
         pd.IndexSlice[ahead, :], **{"font-weight": "bold"})
 

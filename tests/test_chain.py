@@ -15,9 +15,11 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+from bs4 import BeautifulSoup
 from safetensors.torch import load_file
 
 import helpers as h
+from browsing import barriers, browsing, complaints, dead_links
 from commands.plan import NOTEBOOKS
 from conftest import ROOT
 from engine.files import read_json
@@ -161,16 +163,35 @@ def test_the_report_links_every_notebook(studied, place):
     folder = place / "runs" / "sample" / "described" / "report"
     page = (folder / "index.html").read_text(encoding="utf-8")
     for name in (path.stem for path in (ROOT / "notebooks").glob("*.ipynb")):
-        assert f'href="{name}-90-10-seed0.html"' in page
-        assert (folder / f"{name}-90-10-seed0.html").stat().st_size > 10_000
-    assert "Table II, split 90-10" in page and "08_scores" in page
+        assert f'href="90-10-seed0/{name}.html"' in page
+        assert (folder / "90-10-seed0" / f"{name}.html").stat().st_size > 10_000
+    assert "Table II, split 90-10" in page
+    assert not (folder / "warnings.txt").exists()
+    figures = BeautifulSoup((folder / "90-10-seed0" / "figures.html").read_text(), "html.parser")
+    drawn = [path.stem for path in (seed_folder(place) / "figures").glob("*.png")]
+    assert len(drawn) > 20
+    for name in drawn:
+        picture = figures.find("img", src=re.compile(rf"{name}\.png$"))
+        assert picture and len(picture["alt"]) > 40, name
     assert page.index("fusion is better than the best single encoder") < page.index("Table I,")
+
+
+@pytest.mark.parametrize("width, dark", [(390, False), (1280, True)])
+def test_a_browser_has_nothing_against_the_report(studied, place, width, dark):
+    folder = place / "runs" / "sample" / "described" / "report"
+    pages = sorted(folder.rglob("*.html"))
+    assert len(pages) > len(NOTEBOOKS) + 5
+    with browsing(width, dark) as page:
+        for path in pages:
+            assert complaints(page, path, folder) == [], path
+            assert dead_links(page, folder) == [], path
+            assert barriers(page) == [], path
 
 
 def test_nothing_is_done_twice(studied, place):
     def times() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in (place / "runs").rglob("*")
-                if path.is_file() and path.name != "index.html"}
+                if path.is_file() and "report" not in path.parts}
 
     before = times()
     again = run(place, *STUDY)

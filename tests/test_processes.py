@@ -323,7 +323,7 @@ plt.show()
 def executed(folder: Path, run: h.Run, monkeypatch, *cells: str) -> None:
     """Execute a notebook of these cells as run.py does."""
     step = own_step("01_data_exploration", folder, run, monkeypatch, *cells)
-    execute.execute({step: []}, {step: "own"}, 1, Console(), after=bool)
+    execute.execute({step: []}, {step: "own"}, 1, Console())
 
 
 def test_kernel_and_figures_do_not_depend_on_a_users_environment(make_run, tmp_path, monkeypatch):
