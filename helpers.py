@@ -74,6 +74,7 @@ from engine.figures import (
     caption,
     figure,
     note,
+    plain,
     plot_confusion,
     plot_learning_curve,
     plot_scores,

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython import get_ipython
 from IPython.display import Markdown, display
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from engine import settings
 from engine.runs import Run
@@ -22,6 +25,8 @@ COLUMN, PAGE = 3.5, 7.2  # inches
 def figure(width: float = PAGE, height: float = 3.0, **subplots):
     """`plt.subplots` in the study's look, whatever a user's own matplotlib settings are."""
     plt.rcdefaults()
+    if get_ipython():  # as large as in its file: no label is cut off
+        set_matplotlib_formats("png", bbox_inches=None)
     sns.set_theme(style="ticks", context="paper", rc={
         "figure.constrained_layout.use": True, "savefig.dpi": 200, "figure.dpi": 110,
         "axes.spines.top": False, "axes.spines.right": False,
@@ -120,6 +125,11 @@ def show(*objects: object) -> None:
 def caption(text: str) -> None:
     """A figure's caption, filled from results, under the figure."""
     display(Markdown(f"*{text}*"))
+
+
+def plain(text: str) -> str:
+    """A product's text for a place where Markdown is read: it means nothing there."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+\-.!|$~&])", r"\\\1", text)
 
 
 def note(text: str) -> None:

@@ -11,6 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from bs4 import BeautifulSoup
+from markdown_it import MarkdownIt
 from PIL import Image
 from torch import nn
 
@@ -138,3 +140,10 @@ def test_show_says_the_same_place_in_a_notebook_that_imports_from_the_folder_abo
                         lambda thing: str(above / "engine" / "texts.py"))
     h.show(h.clean_text)
     assert shown[0].splitlines()[1] == "# engine/texts.py"
+
+
+def test_a_products_text_means_nothing_in_markdown():
+    text = "**gras** [lien](x) `code` $x^2$ <b> | # a_b ~ & 1. !"
+    shown = MarkdownIt("commonmark").enable("table").render(h.plain(text))
+    assert BeautifulSoup(shown, "html.parser").get_text().strip() == text
+    assert shown.count("<") == 2  # the paragraph's own marks
