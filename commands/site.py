@@ -25,6 +25,7 @@ from engine.stages import is_made
 
 DOCS = settings.ROOT / "docs"
 TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(DOCS), keep_trailing_newline=True)
+ITALIC = re.compile(r"\*([^*].*?)\*(?:\n|$)", re.DOTALL)
 FIGURE = re.compile(r'h\.save_figure\(run, fig, "(\w+)"')
 
 
@@ -110,17 +111,19 @@ def prepare(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def captions_of(book: nbformat.NotebookNode) -> list[str]:
-    """For each cell the caption of its figure: what `h.caption` says below it, or the Markdown in
-    italics that follows; "" for a cell without a figure.
+    """For each cell the caption of its figure: what `h.caption` says below it, in this cell or the
+    next, or the next cell's Markdown in italics; "" for a cell without a figure.
     """
     captions = []
     for cell, after in zip(book.cells, [*book.cells[1:], nbformat.v4.new_markdown_cell()]):
-        said = [output.data["text/markdown"] for output in after.get("outputs", [])
+        outputs = [*cell.get("outputs", []), *after.get("outputs", [])]
+        said = [output.data["text/markdown"] for output in outputs
                 if "text/markdown" in output.get("data", {})]
-        italic = re.match(r"\*([^*].*?)\*(?:\n|$)", "".join(said[:1]) or after.source, re.DOTALL)
+        if after.cell_type == "markdown":
+            said.append(after.source)
+        italic = [found for words in said if (found := ITALIC.match(words))]
         drawn = any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
-        captions.append(" ".join(italic[1].split()) if drawn and italic else
-                        "Figure without a caption" if drawn else "")
+        captions.append(" ".join(italic[0][1].split()) if drawn and italic else "")
     return captions
 
 

@@ -1,0 +1,50 @@
+"""The report's pages, before a browser sees them: captions, links, what an executed notebook
+becomes.
+"""
+import nbformat
+import pytest
+
+from commands.site import captions_of, prepare, site_links
+
+PICTURE = {"output_type": "display_data", "data": {"image/png": "AA=="}, "metadata": {}}
+
+
+def said(text: str) -> dict:
+    return {"output_type": "display_data", "data": {"text/markdown": text}, "metadata": {}}
+
+
+def book(*cells: tuple) -> nbformat.NotebookNode:
+    """A notebook of (source, outputs), or of a text alone for Markdown."""
+    made = []
+    for cell in cells:
+        if isinstance(cell, str):
+            made.append(nbformat.v4.new_markdown_cell(cell))
+        else:
+            made.append(nbformat.v4.new_code_cell(cell[0], outputs=nbformat.from_dict(cell[1])))
+    return nbformat.v4.new_notebook(cells=made)
+
+
+@pytest.mark.parametrize("cells, captions", [
+    ([("plot()", [PICTURE]), ("h.caption('x')", [said("*What it\nshows.*")])],
+     ["What it shows.", ""]),
+    ([("plot(); h.caption('x')", [PICTURE, said("*In one cell.*")]), "*other words* and more"],
+     ["In one cell.", ""]),
+    ([("plot()", [PICTURE]), "*By hand.*\n\n## Next"], ["By hand.", ""]),
+    ([("plot()", [PICTURE]), "**Bold** is no caption"], ["", ""]),
+    ([("print(1)", []), ("h.caption('x')", [said("*Of nothing.*")])], ["", ""])])
+def test_a_figure_has_the_caption_that_follows_it(cells, captions):
+    assert captions_of(book(*cells)) == captions
+
+
+def test_a_page_has_alternative_texts_and_no_code_of_captions():
+    page = prepare(book(("plot()", [PICTURE]), ("h.caption('x')", [said("*Shown.*")]),
+                        "See [there](../README.md) and [08](08_result_tables.ipynb)."))
+    assert page.cells[0].metadata["mystnb"] == {"image": {"alt": "Shown."}}
+    assert page.cells[1].metadata["tags"] == ["remove-input"]
+    assert page.cells[2].source == "See [there](../about.md) and [08](08_result_tables.ipynb)."
+
+
+def test_links_of_the_repository_are_links_of_the_site():
+    text = "[a](notebooks/07_x.ipynb) [b](data/README.md) [c](figures/f.png) [d](https://x.org)"
+    assert site_links(text, "90-10-seed0") == (
+        "[a](90-10-seed0/07_x.ipynb) [b](data.md) [c](figures/f.png) [d](https://x.org)")
