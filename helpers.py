@@ -111,10 +111,8 @@ from engine.paper_tables import (
     OUR_MODEL,
     TABLES,
     data_note,
-    over_seeds,
     paper_table,
     readable_table,
-    row_ahead,
     rows_note,
     style_table,
 )
@@ -239,6 +237,11 @@ def make_split(products: pd.DataFrame, split: str, seed: int,
     return pd.concat(tables).sort_values("product_id", ignore_index=True)
 
 
+def held_out_share(profile: Profile) -> float:
+    """Which share of the training rows the setting `fusion_rows` keeps from the encoders."""
+    return 0.2 if profile.fusion_rows == "held-out" else 0.0
+
+
 def cut_rows(rows: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(the rest, a stratified random share of the rows, at least one row for each class)."""
     labels = rows["label_id"]
@@ -271,8 +274,8 @@ def build_splits(run: Run, name: str, folder: Path) -> dict:
     set_aside.csv, the rows that the run goes on without.
     """
     save_table(folder / "set_aside.csv", set_aside(run))
-    held_out = 0.2 if run.profile.fusion_rows == "held-out" else 0.0
-    table = make_split(chosen_labels(run), run.split, run.seed, chosen_groups(run), held_out)
+    table = make_split(chosen_labels(run), run.split, run.seed, chosen_groups(run),
+                       held_out_share(run.profile))
     save_table(folder / "split.csv", table)
     return {part: int(n) for part, n in table["part"].value_counts().items()}
 

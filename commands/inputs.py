@@ -63,7 +63,8 @@ def check_catalogue(run: Run) -> list[Check]:
     if len(rows := set_aside(run)):
         found = f"{len(rows):,} are set aside: {catalogue.told_rows(rows)}"
         checks += [Check("bad rows", "warning", found, "`set_aside.csv` of stage splits has all")]
-    wrong = fault(lambda: h.make_split(chosen_labels(run), run.split, run.seed))
+    held_out = h.held_out_share(run.profile)
+    wrong = fault(lambda: h.make_split(chosen_labels(run), run.split, run.seed, held_out=held_out))
     checks += [judge("rows", f"the {run.protocol} rows can be split {run.split}", wrong,
                      "choose other rows, or get the tables again")]
     codes = usable_products(run)["prdtypecode"].drop_duplicates().sort_values()

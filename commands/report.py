@@ -12,6 +12,7 @@ from rich.table import Table
 import helpers as h
 from commands.plan import Step, make_plan, runs_of, state
 from engine import settings
+from engine.paper_tables import over_seeds, row_ahead
 from engine.runs import Run
 from engine.stages import is_made
 
@@ -55,7 +56,7 @@ def read_seeds(plan: list[Step]) -> list[tuple[str, pd.DataFrame]]:
         if len(runs) > 1:
             seeds = ", ".join(str(run.seed) for run in runs)
             title = f"Over the seeds {seeds} of split, encoders and fusion, split {split}"
-            tables.append((title, h.over_seeds(runs)))
+            tables.append((title, over_seeds(runs)))
     return tables
 
 
@@ -73,7 +74,7 @@ def print_tables(plan: list[Step], console: Console) -> None:
         if table is None:
             console.print(title, highlight=False, soft_wrap=True)
             continue
-        shown, ahead = h.readable_table(table, run), h.row_ahead(table, run)
+        shown, ahead = h.readable_table(table, run), row_ahead(table, run)
         print_table(f"{title}. {h.data_note(run)}", shown, console, ahead)
     for title, table in read_seeds(plan):
         print_table(f"{title}. Percent, test part.", table, console)

@@ -443,6 +443,8 @@ def test_a_class_of_too_few_rows_is_refused_at_once(tiny_ens, tmp_path, monkeypa
     labels.drop(few).to_csv(codes)
     told = refusal(paper_run(**SMALL_ENCODERS, rows="all"))
     assert "a stratified split needs 3 rows of each class" in told and "{40: 2}" in told
+    held_out = refusal(paper_run(**SMALL_ENCODERS, rows="all", fusion_rows="held-out"))
+    assert "a stratified split needs 4 rows of each class" in held_out
 
 
 def test_what_needs_no_catalogue_is_asked_without_one(tmp_path, monkeypatch):

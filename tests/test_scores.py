@@ -16,7 +16,7 @@ from sklearn.metrics import classification_report
 import helpers as h
 from commands.plan import stage_names
 from engine.claims import CLAIMS
-from engine.paper_tables import ahead_of_all
+from engine.paper_tables import ahead_of_all, over_seeds
 from engine.runs import runs_folder
 from engine.scores import confusion_cells, scores_of_cells
 from engine.settings import OTHER_FUSIONS
@@ -261,7 +261,7 @@ def test_several_seeds_have_a_mean_and_a_deviation(scores, tmp_path, monkeypatch
 
     monkeypatch.setattr("engine.paper_tables.read_stage", read)
     runs = [h.open_run("paper", "90-10", seed) for seed in (0, 1, 2)]
-    table = h.over_seeds(runs)
+    table = over_seeds(runs)
     assert table["model"].tolist() == scores["model"].tolist() and (table["seeds"] == 3).all()
     assert (table["accuracy"] == 60).all() and (table["accuracy, deviation"] == 10).all()
     assert (table["macro_f1"] == 40).all() and (table["macro_f1, deviation"] == 0).all()
