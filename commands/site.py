@@ -77,7 +77,8 @@ def write_sources(plan: list[Step], source: Path) -> None:
                        ("data", settings.ROOT / "data" / "README.md")):
         write_text(source / f"{name}.md", site_links(text.read_text(encoding="utf-8"), first))
     shutil.copytree(settings.ROOT / "figures", source / "figures")
-    shutil.copy(settings.ROOT / "LICENSE", source)
+    for name in ("LICENSE", "CITATION.cff"):
+        shutil.copy(settings.ROOT / name, source)
 
 
 def folder_name(run: Run) -> str:
@@ -93,7 +94,9 @@ def page_of(step: Step) -> str:
 def site_links(text: str, notebooks: str) -> str:
     """Links of the repository as links of the site; `notebooks` is the folder of one run."""
     text = re.sub(r"\]\(notebooks/(\w+)\.ipynb\)", rf"]({notebooks}/\1.ipynb)", text)
-    return text.replace("](data/README.md)", "](data.md)").replace("](../README.md)", "](about.md)")
+    for here, there in (("data/README.md", "data.md"), ("../README.md", "about.md"), ("docs/", "")):
+        text = text.replace(f"]({here}", f"]({there}")
+    return text
 
 
 def prepare(book: nbformat.NotebookNode) -> nbformat.NotebookNode:

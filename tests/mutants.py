@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("helpers.py", "run.py", "pyproject.toml", "README.md", "requirements.txt", "engine",
-          "commands", "tests", "data/rakuten_classes.csv", "data/published_results.csv",
-          "data/released_code.csv",
-          "data/sample_catalogue.py", "data/sample_words.toml", "notebooks")
+COPIED = ("helpers.py", "run.py", "pyproject.toml", "README.md", "requirements.txt", "docs",
+          "engine", "commands", "tests", "notebooks", "data/rakuten_classes.csv",
+          "data/published_results.csv", "data/released_code.csv", "data/sample_catalogue.py",
+          "data/sample_words.toml")
 
 
 # The libraries are imported once, in a process that splits itself for each mutant.

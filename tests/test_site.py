@@ -45,6 +45,8 @@ def test_a_page_has_alternative_texts_and_no_code_of_captions():
 
 
 def test_links_of_the_repository_are_links_of_the_site():
-    text = "[a](notebooks/07_x.ipynb) [b](data/README.md) [c](figures/f.png) [d](https://x.org)"
+    text = ("[a](notebooks/07_x.ipynb) [b](data/README.md) [c](figures/f.png) [d](https://x.org) "
+            "[e](docs/gpus.md)")
     assert site_links(text, "90-10-seed0") == (
-        "[a](90-10-seed0/07_x.ipynb) [b](data.md) [c](figures/f.png) [d](https://x.org)")
+        "[a](90-10-seed0/07_x.ipynb) [b](data.md) [c](figures/f.png) [d](https://x.org) "
+        "[e](gpus.md)")
