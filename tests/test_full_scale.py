@@ -94,6 +94,7 @@ def full(texts, tmp_path_factory):
 def command(monkeypatch, *words: str, **settings) -> str:
     """Run run.py as a user does; its output."""
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("STUDY_CORES", "1")  # the other one is another test process's
     words = [*words, "--profile", "paper"]
     words += [f"--set={name}={value}" for name, value in settings.items()]
     ended = subprocess.run([sys.executable, str(ROOT / "run.py"), *words], capture_output=True,
