@@ -34,13 +34,13 @@ def figure(width: float = PAGE, height: float = 3.0, **subplots):
     return plt.subplots(figsize=(width, height), **subplots)
 
 
-def save_figure(run: Run, fig, name: str, data: pd.DataFrame) -> None:
-    """Write <run>/figures/<name>.png, .svg and .csv (the plotted numbers); sample figures say so
-    in a corner.
+def save_figure(run: Run, fig, name: str, data: pd.DataFrame, of_run: bool = True) -> None:
+    """Write <run>/figures/<name>.png, .svg and .csv (the plotted numbers). Figures of the sample
+    say so in a corner; those that show nothing of a run do not.
     """
     folder = run.folder / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    if run.synthetic:
+    if run.synthetic and of_run:
         fig.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))  # keep the corner free
         fig.text(0.995, 0.005, "synthetic sample", ha="right", fontsize=6, color=COLOURS["paper"],
                  in_layout=False)

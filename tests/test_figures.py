@@ -30,12 +30,12 @@ def closed():
 @pytest.fixture
 def drawn(run):
     """A function that saves a small figure for a profile and returns its folder and numbers."""
-    def draw(profile: str):
+    def draw(profile: str, **of: bool):
         run = h.open_run(profile, "90-10", 0)
         fig, ax = h.figure(h.COLUMN, 2.0)
         ax.plot([1, 2, 3])
         data = pd.DataFrame({"x": [1, 2, 3], "y": [0.25, 0.5, 1.0]})
-        h.save_figure(run, fig, "line", data)
+        h.save_figure(run, fig, "line", data, **of)
         return run.folder / "figures", data
 
     return draw
@@ -49,6 +49,11 @@ def test_figure_is_saved_thrice_and_the_sample_says_so(drawn, profile, marked):
     assert pd.read_csv(folder / "line.csv").equals(data)
     assert (folder / "line.png").read_bytes().startswith(b"\x89PNG")
     assert Image.open(folder / "line.png").size == (700, 400)  # 3.5 x 2 inches at 200 dpi
+
+
+def test_a_figure_that_shows_nothing_of_a_run_has_no_mark(drawn):
+    folder, _ = drawn("sample", of_run=False)
+    assert "synthetic sample" not in (folder / "line.svg").read_text()
 
 
 def test_same_figure_same_bytes(drawn):
