@@ -120,7 +120,7 @@ def test_limited_study_on_the_sigir_layout(sigir, small, tmp_path, monkeypatch):
     assert "fatal" not in found
     printed = command(monkeypatch, "study", *words, **settings)
     printed = " ".join(printed.split())  # titles are wrapped
-    assert "Table II, split 90-10, seed 0. Percent" in printed
+    assert "Table II, split 90-10, seed 0, 243 training and 30 test products. Percent" in printed
     assert "Rakuten France, described-limit300 rows" in printed
     run = h.open_run("paper", "90-10", 0, as_texts({**settings, "limit": 300}))
     assert run.folder.parent == tmp_path / "runs" / "paper" / "described-limit300" / "90-10"
