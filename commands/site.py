@@ -61,16 +61,19 @@ def write_sources(plan: list[Step], source: Path) -> None:
     runs = []
     for run in runs_of(plan):
         steps = [step for step in plan if step.run == run and step.output.exists()]
+        if not steps:
+            continue
+        place, figures = source / folder_name(run), []
+        place.mkdir()
         for step in steps:
-            book = prepare(nbformat.read(step.output, as_version=4))
-            path = source / page_of(step)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            nbformat.write(book, path.with_suffix(".ipynb"))
-        if steps:
-            write_figures(run, steps, source)
-            name = f"Split {run.split}, seed {run.seed}"
-            runs.append((name, [*map(page_of, steps), f"{folder_name(run)}/figures"]))
-    render(source / "index.md", plan, runs)
+            book = nbformat.read(step.output, as_version=4)
+            figures += figures_of(step, book)
+            nbformat.write(prepare(book), place / f"{step.notebook}.ipynb")
+        write_figures(run, figures, place)
+        pages = [*(step.notebook for step in steps), "figures"]
+        name = f"Split {run.split}, seed {run.seed}"
+        runs.append((name, [f"{folder_name(run)}/{page}" for page in pages]))
+    write_index(plan, runs, source)
     write_facts(plan, source)
     first = next((pages[0].rpartition("/")[0] for _, pages in runs), "")
     for name, text in (("about", settings.ROOT / "README.md"),
@@ -84,11 +87,6 @@ def write_sources(plan: list[Step], source: Path) -> None:
 def folder_name(run: Run) -> str:
     """Where a run's pages are in the site."""
     return f"{run.split}-seed{run.seed}"
-
-
-def page_of(step: Step) -> str:
-    """Where a notebook's page is, without its ending."""
-    return f"{folder_name(step.run)}/{step.notebook}"
 
 
 def site_links(text: str, notebooks: str) -> str:
@@ -130,24 +128,29 @@ def captions_of(book: nbformat.NotebookNode) -> list[str]:
     return captions
 
 
-def write_figures(run: Run, steps: list[Step], source: Path) -> None:
+def figures_of(step: Step, book: nbformat.NotebookNode) -> list[dict]:
+    """{file, caption, notebook} of each figure that a notebook has saved; one that has failed has
+    not saved all.
+    """
+    return [{"file": f"{name}.png", "caption": caption, "notebook": step.notebook}
+            for cell, caption in zip(book.cells, captions_of(book))
+            for name in FIGURE.findall(cell.source)
+            if (step.run.folder / "figures" / f"{name}.png").exists()]
+
+
+def write_figures(run: Run, figures: list[dict], place: Path) -> None:
     """The page of a run's figures, in the notebooks' order, each with its caption."""
-    place, figures = source / folder_name(run), []
-    for step in steps:
-        book = nbformat.read(step.output, as_version=4)
-        for cell, caption in zip(book.cells, captions_of(book)):
-            for name in FIGURE.findall(cell.source):
-                file = f"{name}.png"
-                shutil.copy(run.folder / "figures" / file, place)
-                figures.append({"file": file, "caption": caption,
-                                "notebook": step.notebook})
+    for figure in figures:
+        shutil.copy(run.folder / "figures" / figure["file"], place)
     page = TEMPLATES.get_template("figures.md.jinja").render(
         name=f"split {run.split}, seed {run.seed}", figures=figures)
     write_text(place / "figures.md", page)
 
 
-def render(path: Path, plan: list[Step], runs: list[tuple[str, list[str]]]) -> None:
-    """The first page: the claims with their verdicts, the recommended models, all tables."""
+def write_index(plan: list[Step], runs: list[tuple[str, list[str]]], source: Path) -> None:
+    """The first page: the claims with their verdicts, the recommended models, all tables; and, by
+    the name of each run, its pages.
+    """
     run = plan[0].run
     claims = [(title, to_html(table, classes="claims")) for title, table in read_claims(plan)]
     tables = [(title, "" if table is None else h.style_table(table, its_run).to_html())
@@ -157,9 +160,10 @@ def render(path: Path, plan: list[Step], runs: list[tuple[str, list[str]]]) -> N
                    for each in runs_of(plan) if is_made(each, "claims")]
     title = ", ".join(["Hierarchical fusion", f"profile {run.profile.name}",
                        f"{run.protocol} rows", *run.told])
-    write_text(path, TEMPLATES.get_template("index.md.jinja").render(
+    page = TEMPLATES.get_template("index.md.jinja").render(
         title=title, note=h.data_note(run), about_claims=ABOUT_CLAIMS, claims=claims, tables=tables,
-        recommended=recommended, runs=runs))
+        recommended=recommended, runs=runs)
+    write_text(source / "index.md", page)
 
 
 def write_facts(plan: list[Step], source: Path) -> None:
