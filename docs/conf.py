@@ -29,8 +29,10 @@ def inline(self, node: nodes.math) -> None:
 
 
 def block(self, node: nodes.math_block) -> None:
-    equation = convert(node.astext(), display="block")
-    self.body.append(f'<div class="math" tabindex="0">{equation}</div>')
+    formula, _, tag = node.astext().partition(r"\tag{")  # stands last where there is one
+    number = f'<span class="eqno">({tag.strip().rstrip("}")})</span>' if tag else ""
+    equation = convert(formula.strip(), display="block")
+    self.body.append(f'<div class="math" tabindex="0">{number}{equation}</div>')
     raise nodes.SkipNode
 
 
