@@ -229,7 +229,7 @@ def test_the_graph_names_what_each_stage_reads():
     fusion = next(job for job in whole if job.name == "fusion")
     assert len(fusion.stages) == fusions and "fusion-concat-add" in fusion.stages
     features = {*h.REPRESENTATIONS.values(), "image_whole"}
-    assert {job.name for job in whole[fusion]} == {"splits", *features}
+    assert {job.name for job in whole[fusion]} == {"splits", "text", "seresnext", *features}
     early = [job for job, after in whole.items() if {a.name for a in after} <= {"splits", "text"}]
     assert len(early) == 4 * 8
     frozen = h.open_run("paper", "90-10", 0, {"freeze_encoders": True})
