@@ -161,7 +161,7 @@ def test_where_nothing_differs_at_most_5_of_100_studies_find_something():
     rng, found = np.random.default_rng(5), []
     for draw in range(500):
         skills = {name: 0.8 + 0.01 * rng.normal(size=3) for name in "abcdef"}
-        resamples = resample(*simulated(rng, 300, skills), "macro_f1", 100, seed=draw)
+        resamples = resample(*simulated(rng, 300, skills), "macro_f1", 200, seed=draw)
         found.append((compare_all(resamples, "abcdef")["p_holm"] < 0.05).any())
     assert np.mean(found) <= 0.05
 

@@ -109,7 +109,7 @@ def as_texts(settings: dict) -> dict:
 
 
 @pytest.mark.slow
-def test_limited_study_on_the_sigir_layout(sigir, small, tmp_path, monkeypatch):
+def test_limited_study_on_the_sigir_layout_with_two_workers(sigir, small, tmp_path, monkeypatch):
     isolate(monkeypatch, tmp_path, sigir)
     settings = {**small, "seresnext": "small", "max_length": 64, "text_epochs": 1, "text_lr": 1e-3,
                 "image_epochs": 1, "image_size": 64, "region_size": 64, "grid": 4,
@@ -118,7 +118,7 @@ def test_limited_study_on_the_sigir_layout(sigir, small, tmp_path, monkeypatch):
     found = command(monkeypatch, "doctor", *words, **settings)
     assert "SIGIR layout" in found
     assert "fatal" not in found
-    printed = command(monkeypatch, "study", *words, **settings)
+    printed = command(monkeypatch, "study", *words, "--workers", "2", **settings)
     printed = " ".join(printed.split())  # titles are wrapped
     assert "Table II, split 90-10, seed 0, 243 training and 30 test products. Percent" in printed
     assert "Rakuten France, described-limit300 rows" in printed
