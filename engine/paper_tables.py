@@ -83,7 +83,9 @@ def style_table(table: pd.DataFrame, run: Run) -> Styler:
     test, grey are the paper's columns where they are another matter.
     """
     shown, ahead = readable_table(table, run), row_ahead(table, run)
-    styled = shown.style.hide(axis="index").set_uuid("-".join(table["model"].str[0]))
+    # Tables on one page must not share their cells' names: each is of one split and seed.
+    name = "-".join([run.split, str(run.seed), *table["model"].str[0]])
+    styled = shown.style.hide(axis="index").set_uuid(name)
     styled = styled.set_properties(["model"], **{"text-align": "left"})
     if run.unlike_the_paper:
         styled = styled.set_properties(shown.columns[-2:], color=GREY)

@@ -250,6 +250,16 @@ def test_every_published_row_has_a_model_of_ours():
     assert set(h.OUR_MODEL.values()) == known
 
 
+def test_no_two_tables_of_a_page_name_their_cells_alike(scores, monkeypatch):
+    monkeypatch.setattr("engine.paper_tables.row_ahead", lambda table, run: None)
+    runs = [h.open_run("paper", split, seed) for split in h.SPLITS for seed in (0, 1)]
+    pages = [h.style_table(h.paper_table(scores, number), run).to_html()
+             for run in runs for number, split in h.TABLES.items() if split == run.split]
+    names = [cell["id"] for page in pages
+             for cell in BeautifulSoup(page, "html.parser").find_all("td")]
+    assert len(pages) == 10 and len(names) == len(set(names))
+
+
 def test_several_seeds_have_a_mean_and_a_deviation(scores, tmp_path, monkeypatch):
     def read(run, name):
         folder = tmp_path / str(run.seed)
