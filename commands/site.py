@@ -50,8 +50,11 @@ def write_report(plan: list[Step]) -> Path:
         site.build()
         if said.getvalue():
             write_text(pages / "warnings.txt", said.getvalue())
+        whole = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(whole, ignore_errors=True)
+        shutil.copytree(pages, whole)
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(pages, folder)
+        whole.rename(folder)  # the old one stays until the new one is whole
     return folder / "index.html"
 
 
