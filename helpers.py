@@ -6,7 +6,7 @@ section uses only those above it. What a notebook calls besides is handed on fro
 
     section             taught in    handed on from
     1  Splits           01           catalogue, rows, duplicates, pictures, figures
-    2  Text             02           texts, text_models, scores
+    2  Text             02           texts, text_models, scores, checks
     3  Fine-tuning      03           training, vectors
     4  Text encoders    03, 04       text_checkpoints, text_models
     5  Image encoder    05           image_models, pictures, picture_cache
@@ -23,8 +23,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
-import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +35,6 @@ import transformers
 from safetensors.torch import load_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 from sklearn.pipeline import make_pipeline
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -65,7 +62,9 @@ from engine.catalogue import (
     load_released,
     sample_generator,
 )
+from engine.checks import check
 from engine.claims import TEXT_ALONE, claims_table, compare_splits, recommend
+from engine.cuts import cut_groups, cut_rows
 from engine.duplicates import chosen_groups
 from engine.figures import (
     COLOURS,
@@ -240,32 +239,6 @@ def make_split(products: pd.DataFrame, split: str, seed: int,
 def held_out_share(profile: Profile) -> float:
     """Which share of the training rows the setting `fusion_rows` keeps from the encoders."""
     return 0.2 if profile.fusion_rows == "held-out" else 0.0
-
-
-def cut_rows(rows: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(the rest, a stratified random share of the rows, at least one row for each class)."""
-    labels = rows["label_id"]
-    size = max(math.ceil(share * len(rows)), labels.nunique())
-    return tuple(train_test_split(rows, test_size=size, stratify=labels, random_state=seed))
-
-
-def cut_groups(rows: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(the rest, a share of the rows), no group in both: the fold with the fairest class counts."""
-    labels = rows["label_id"].to_numpy()
-    fair = share * np.bincount(labels)
-    groups, largest, n = rows["group"].nunique(), np.bincount(labels).max(), round(1 / share)
-    if min(groups, largest) < n:
-        raise ValueError(f"{groups} groups of duplicates, and at most {largest} rows of a class, "
-                         f"cannot be cut into {n} folds; use grouped=False or more rows")
-
-    def unfairness(cut: tuple[np.ndarray, np.ndarray]) -> float:
-        return np.abs(np.bincount(labels[cut[1]], minlength=len(fair)) - fair).sum()
-
-    folds = StratifiedGroupKFold(n, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a class has fewer rows than folds: fine
-        rest, part = min(folds.split(rows, labels, rows["group"]), key=unfairness)
-    return rows.iloc[rest], rows.iloc[part]
 
 
 @makes("splits")

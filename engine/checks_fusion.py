@@ -1,0 +1,2 @@
+"""The exercises of the notebook 07."""
+from __future__ import annotations
