@@ -1,2 +1,2 @@
-"""The exercises of the notebook 07."""
+"""The exercises of notebook 07."""
 from __future__ import annotations

@@ -210,7 +210,9 @@ BROKEN = [
     ("engine.scores", "contrast", {"claims"}),
     ("engine.claims", "recommend", {"claims"}),
     ("engine.late_fusion", "stack", ON_SCORES),
+    ("engine.cuts", "cut_rows", ON_SPLITS),
     ("engine.analysis", "reliability", NOTHING),
+    ("engine.exercises", "same", NOTHING),
     ("engine.paper_tables", "paper_table", ON_SCORES),
     ("helpers", "compare", NOTHING),
     ("helpers", "predict_products", NOTHING),
@@ -239,7 +241,8 @@ def test_a_number_makes_stale_what_it_decides_and_nothing_else(run, change, room
 
 
 def test_every_room_that_decides_results_has_such_a_test():
-    assert {place[0] for place in BROKEN} | {"engine.settings"} == {*DECIDING}
+    asking = {room for room in DECIDING if room.startswith("engine.checks")}
+    assert {place[0] for place in BROKEN} | {"engine.settings"} == {*DECIDING} - asking
 
 
 VECTORS = {name for name in FROZEN_STAGES if name.startswith("vectors-")}
