@@ -183,6 +183,7 @@ from engine.variants import (
     STRUCTURES,
     TABLE_VARIANTS,
     Variant,
+    display_name,
     named_variant,
     scored_variants,
 )

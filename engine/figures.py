@@ -16,6 +16,8 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from engine import settings
 from engine.runs import Run
+from engine.scores import metric_name
+from engine.variants import display_name
 
 COLOURS = {"camembert": "#004D80", "flaubert": "#3D9BD6", "image": "#D55E00", "fusion": "#222222",
            "paper": "#767676", "data": "#4F7A6B"}
@@ -107,8 +109,8 @@ def plot_scores(ax, scores: pd.DataFrame, metric: str,
     if published is not None:
         ax.plot(published, places, "D", mfc="none", mec=COLOURS["paper"], ms=5,
                 label="paper, Rakuten data")
-    ax.set(yticks=places, yticklabels=scores["model"], xlabel=f"{metric.replace('_f1', '-F1')} (%)",
-           xlim=(-2, 100))
+    ax.set(yticks=places, yticklabels=scores["model"].map(display_name),
+           xlabel=f"{metric_name(metric)} (%)", xlim=(-2, 100))
     ax.grid(axis="x", lw=0.4)
 
 

@@ -9,7 +9,7 @@ from pandas.io.formats.style import Styler
 
 from engine.catalogue import load_published
 from engine.runs import Run, from_root
-from engine.scores import score_table, who_beats_whom
+from engine.scores import metric_name, score_table, who_beats_whom
 from engine.settings import PROFILES, SLOTS, one_of
 from engine.stages import is_made, read_manifest, read_stage
 
@@ -53,7 +53,7 @@ def readable_table(table: pd.DataFrame, run: Run) -> pd.DataFrame:
     why = run.unlike_the_paper
     heading = f"paper ({', '.join(why)})" if why else "paper"
     for metric in ("accuracy", "macro_f1"):
-        ours[f"{heading}: {metric}"] = table[f"paper_{metric}"].map("{:.2f}".format)
+        ours[f"{heading}: {metric_name(metric)}"] = table[f"paper_{metric}"].map("{:.2f}".format)
     return ours
 
 

@@ -14,6 +14,7 @@ import scipy.stats
 from sklearn.metrics import accuracy_score, f1_score
 
 from engine.runs import Run
+from engine.variants import display_name
 
 METRICS = ("accuracy", "macro_f1", "weighted_f1")
 
@@ -117,16 +118,21 @@ def score_row(model: str, truth: Sequence[int], predicted: Sequence[int], run: R
     return row
 
 
+def metric_name(metric: str) -> str:
+    """How tables and figures call a metric: "macro-F1" for macro_f1."""
+    return metric.replace("_f1", "-F1")
+
+
 def score_table(rows: list[dict]) -> pd.DataFrame:
     """Rows of `score_row` for reading: model, n, seeds, and "value [low, high]" in percent per
     metric.
     """
     table = []
     for row in rows:
-        cells = {"model": row["model"], "n": row["n"], "seeds": row["seeds"]}
+        cells = {"model": display_name(row["model"]), "n": row["n"], "seeds": row["seeds"]}
         for metric in METRICS:
             low, high = row[f"{metric}_low"], row[f"{metric}_high"]
-            cells[metric] = f"{row[metric]:.1f} [{low:.1f}, {high:.1f}]"
+            cells[metric_name(metric)] = f"{row[metric]:.1f} [{low:.1f}, {high:.1f}]"
         table.append(cells)
     return pd.DataFrame(table)
 

@@ -80,6 +80,36 @@ def named_variant(name: str) -> Variant:
     return variant
 
 
+ENCODER_NAMES = {
+    "camembert_title": "CamemBERT title", "camembert_description": "CamemBERT description",
+    "flaubert_title": "FlauBERT title", "flaubert_description": "FlauBERT description",
+    "seresnext": "SE-ResNeXt"}
+OPTION_NAMES = {"fields": "fields first", "image": "picture first", "titles": "titles alone",
+                "text": "no picture", "dropout": "with dropout", "layers": "with more layers",
+                "linear": "one linear layer", "whole": "whole picture",
+                "hidden": "modality dropout", "raw": "not standardised", "last": "last epoch"}
+
+
+def display_name(model: str) -> str:
+    """How tables and figures call a model: "CamemBERT title" for camembert_title, "text concat +
+    final add" for concat-add, as the paper does. Other names stay.
+    """
+    if model in ENCODER_NAMES:
+        return ENCODER_NAMES[model]
+    try:
+        variant = named_variant(model)
+    except ValueError:
+        return model
+    if variant.structure == "flat":
+        name = f"{variant.final_fusion} of all five"
+    elif variant.structure not in STRUCTURES:
+        name = f"{variant.final_fusion} of {variant.structure.replace('+', ', ')}"
+    else:
+        name = f"text {variant.text_fusion} + final {variant.final_fusion}"
+    options = [OPTION_NAMES[word] for word in model.split("-")[2:] if word in OPTION_NAMES]
+    return ", ".join([name, *options])
+
+
 # The variants of Tables II, III and V.
 TABLE_VARIANTS = tuple(map(named_variant, TABLE_FUSIONS))
 OTHER_VARIANTS = tuple(map(named_variant, OTHER_FUSIONS))

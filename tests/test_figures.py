@@ -116,7 +116,7 @@ def test_scores_are_dots_with_their_intervals_and_the_papers_are_open_diamonds()
     assert paper.get_markerfacecolor() == "none" and paper.get_xdata()[0] == 81
     names = {place: label.get_text() for place, label in zip(ax.get_yticks(), ax.get_yticklabels())}
     order = [names[place] for place in sorted(names, reverse=True)]
-    assert order == ["camembert_title", "concat-add"]  # the first row on top
+    assert order == ["CamemBERT title", "text concat + final add"]  # the first row on top
 
 
 # --- display --------------------------------------------------------------------------------------

@@ -745,3 +745,13 @@ def test_the_last_epoch_is_kept_where_a_variant_says_so():
     assert scores[0] == pytest.approx(curve["val_macro_f1"].max())
     assert scores[1] == pytest.approx(curve["val_macro_f1"].iloc[-1]) and scores[1] < scores[0]
     assert h.named_variant("average-average-last").last
+
+
+@pytest.mark.parametrize("model, name", [
+    ("flaubert_description", "FlauBERT description"), ("seresnext", "SE-ResNeXt"),
+    ("concat-add", "text concat + final add"), ("late mean", "late mean"),
+    ("average-average-dropout", "text average + final average, with dropout"),
+    ("concat-concat-flat", "concat of all five"), ("add-add-T_c+P", "add of T_c, P"),
+    ("gated-gated-text-hidden", "text gated + final gated, no picture, modality dropout")])
+def test_a_model_has_one_name_for_readers(model, name):
+    assert h.display_name(model) == name
