@@ -7,6 +7,8 @@
     python run.py report     write the report again
     python run.py stage      make stages without their notebooks
     python run.py submit     predict the challenge's unlabelled products
+    python run.py predict    predict the products of a CSV file
+    python run.py export     write a trained classifier into a folder of its own
     python run.py clean      delete the stages that no run names any more
     python run.py publish    copy the default run's notebooks and figures into the repository
 
@@ -79,6 +81,15 @@ def parser() -> argparse.ArgumentParser:
     command(report)
     command(stage)("names", nargs="*", metavar="STAGE", help="none: all, in order")
     command(submit)("--variant", default="concat-add", help="fusion, such as average-average")
+    add = command(predict)
+    add("file", type=Path, metavar="CSV", help="columns title, description, image")
+    add("--to", type=Path, metavar="FILE", help="where predictions go; without it to the console")
+    add("--from-folder", type=Path, metavar="FOLDER", help="what `export` has written, not a run")
+    add("--variant", help="fusion, such as average-average (default: concat-add, or the folder's)")
+    add("--probabilities", action="store_true", help="of all 27 classes too")
+    add = command(export)
+    add("folder", type=Path, metavar="FOLDER", help="a new one")
+    add("--variant", default="concat-add", help="fusion, such as average-average")
     command(clean, ())("--unused", action="store_true", required=True,
                        help="the stages that no run names")
     command(publish, ())
@@ -224,16 +235,30 @@ def stage(words: argparse.Namespace) -> None:
 def submit(words: argparse.Namespace) -> None:
     """Predict the challenge's unlabelled products with each run that has this fusion."""
     plan = make_plan(words)
-    import helpers as h
+    from commands.products import trained_runs
     from commands.submission import write_submission
-    from engine.stages import is_made
 
-    variant, runs = h.named_variant(words.variant), plans.runs_of(plan)
-    trained = [run for run in runs if is_made(run, f"fusion-{variant.name}")]
-    for run in trained or runs[:1]:  # without a trained one the error names what is missing
-        with console.status(f"{run.name}: {variant.name} on the unlabelled products"):
-            path = write_submission(run, variant)
+    for run in trained_runs(plan, words.variant):
+        with console.status(f"{run.name}: {words.variant} on the unlabelled products"):
+            path = write_submission(run, words.variant)
         console.print(f"Submission: {path}", highlight=False, soft_wrap=True)
+
+
+def predict(words: argparse.Namespace) -> None:
+    """Predict the products of a CSV file with the first run that has this fusion, or a folder."""
+    from commands.products import predict_file, trained_runs
+
+    place = words.from_folder or trained_runs(make_plan(words), words.variant or "concat-add")[0]
+    predict_file(words.file, place, words.variant, words.to, words.probabilities)
+
+
+def export(words: argparse.Namespace) -> None:
+    """Write the classifier of the first run that has this fusion into a folder of its own."""
+    plan = make_plan(words)
+    from commands.products import export_classifier
+
+    run = export_classifier(words.folder, plan, words.variant)
+    console.print(f"Classifier of {run.name}: {words.folder}", highlight=False, soft_wrap=True)
 
 
 def clean(words: argparse.Namespace) -> None:

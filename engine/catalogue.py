@@ -50,6 +50,11 @@ def load_classes() -> pd.DataFrame:
     return pd.read_csv(CLASSES)
 
 
+def code_of(label: int) -> int:
+    """Rakuten's product type code of a label id."""
+    return int(load_classes()["prdtypecode"][label])
+
+
 @content(lambda run: hash_file(PUBLISHED))
 def load_published() -> pd.DataFrame:
     """The figures of the paper, of its published code, of the challenge and of later public work,
