@@ -81,6 +81,7 @@ from engine.figures import (
     plot_scores,
     save_figure,
     show,
+    source_colour,
 )
 from engine.files import read_json, temporary_folder
 from engine.fusions import (

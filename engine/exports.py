@@ -21,7 +21,7 @@ from engine.settings import PROFILES, REPRESENTATIONS, make_profile, setting_nam
 from engine.stages import is_made, other_versions, read_manifest, read_stage
 from engine.variants import Variant, named_variant, text_level
 
-ABOUT, SEAL = "classifier.json", "hashes.json"
+ABOUT, TABLE, SEAL = "classifier.json", "classes.csv", "hashes.json"
 KEPT = ("encoder/*", "encoder.safetensors", "head.safetensors", "model-0.safetensors")
 PLACES = ("data", "fusions")  # settings that name places of the run's machine
 
@@ -76,7 +76,7 @@ def parts_of_folder(folder: Path, variant: str | None = None) -> Parts:
     profile = make_profile(about["profile"], about["settings"])
     folders = {path.name: path.resolve() for path in folder.iterdir() if path.is_dir()}
     return Parts(Run(profile, about["split"], about["seed"]), named_variant(about["variant"]),
-                 folders, pd.read_csv(folder / CLASSES.name))
+                 folders, pd.read_csv(folder / TABLE))
 
 
 def refuse_export(folder: Path, run: Run, variant: Variant) -> None:
@@ -104,7 +104,7 @@ def write_export(folder: Path, parts: Parts, card: str) -> None:
         partial.mkdir()
         for name, source in parts.folders.items():
             copy_kept(source, partial / name)
-        parts.classes.to_csv(partial / CLASSES.name, index=False)
+        parts.classes.to_csv(partial / TABLE, index=False)
         write_text(partial / "README.md", card)
         write_json(partial / ABOUT, about_parts(parts))
         seal(partial / SEAL, [path for path in sorted(partial.rglob("*")) if path.is_file()])
