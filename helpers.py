@@ -13,7 +13,7 @@ section uses only those above it. What a notebook calls besides is handed on fro
     6  Regions          06
     7  Fusion           07           fusions, variants
     8  Result tables    08, 09, 10   paper_tables, late_fusion, claims, analysis, stages, tensors
-    9  New products
+    9  New products     11           products
 
 "The paper" is Tashu, Fattouh, Kiss, Horvath: Multimodal E-Commerce Product Classification Using
 Hierarchical Fusion (2022). Importing this module reads and writes no data.
