@@ -6,6 +6,7 @@
     python run.py doctor     whether all that a run needs is there
     python run.py report     write the report again
     python run.py stage      make stages without their notebooks
+    python run.py import     a catalogue of one's own, from a table, for --set data=<folder>
     python run.py submit     predict the challenge's unlabelled products
     python run.py clean      delete the stages that no run names any more
     python run.py publish    copy the default run's notebooks and figures into the repository
@@ -20,6 +21,7 @@ import argparse
 import gc
 import sys
 import tomllib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,6 +54,18 @@ def grid_options() -> argparse.ArgumentParser:
     return grid
 
 
+def import_options(add: Callable) -> None:
+    """What `import` has to know of a table."""
+    add("table", type=Path, help="CSV, TSV or Parquet, a product a row")
+    add("--to", type=Path, required=True, metavar="FOLDER", help="the catalogue's new folder")
+    for column, needed in (("title", True), ("label", True), ("description", False),
+                           ("image", False)):
+        add(f"--{column}", required=needed, default="", metavar="COLUMN", help="the column's name")
+    add("--images", type=Path, metavar="FOLDER", help="where pictures lie (default: by the table)")
+    add("--encoding", default="utf-8-sig", help="of a text table, such as cp1252")
+    add("--blank", action="store_true", help="a white picture stands for a missing one")
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     grid = grid_options()
@@ -60,7 +74,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(function, parents=(grid,)):
-        words = commands.add_parser(function.__name__, parents=parents, help=function.__doc__,
+        name = function.__name__.rstrip("_")
+        words = commands.add_parser(name, parents=parents, help=function.__doc__,
                                     description=function.__doc__)
         words.set_defaults(function=function)
         return words.add_argument
@@ -78,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     command(doctor)("--all-pictures", action="store_true", help="decode all, not 500")
     command(report)
     command(stage)("names", nargs="*", metavar="STAGE", help="none: all, in order")
+    import_options(command(import_, ()))
     command(submit)("--variant", default="concat-add", help="fusion, such as average-average")
     command(clean, ())("--unused", action="store_true", required=True,
                        help="the stages that no run names")
@@ -219,6 +235,16 @@ def stage(words: argparse.Namespace) -> None:
                 h.stage(run, name)
 
     make()
+
+
+def import_(words: argparse.Namespace) -> None:
+    """Write a catalogue of one's own, from one table, in the layout that the study reads."""
+    from commands.importing import Columns, import_catalogue, print_import
+
+    columns = Columns(words.title, words.label, words.description, words.image)
+    counts = import_catalogue(words.table, words.to, columns, words.images, words.encoding,
+                              words.blank)
+    print_import(console, words.to, counts)
 
 
 def submit(words: argparse.Namespace) -> None:

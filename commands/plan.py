@@ -191,12 +191,12 @@ def step_key(step: Step) -> str:
 @functools.cache
 def catalogue_hash(run: Run) -> str:
     """The hash of what notebooks read of the catalogue themselves; once for a command."""
-    from engine.catalogue import CLASSES, LAYOUTS, PUBLISHED, catalogue_folder, find_layout
+    from engine.catalogue import LAYOUTS, PUBLISHED, catalogue_folder, classes_file, find_layout
     from engine.rows import pictures_digest
 
     folder = catalogue_folder(run)
     layout = LAYOUTS[find_layout(folder)]
-    files = [folder / layout["x"], folder / layout["y"], CLASSES, PUBLISHED]
+    files = [folder / layout["x"], folder / layout["y"], classes_file(folder), PUBLISHED]
     return hash_json([*map(hash_file, files), pictures_digest(run)])
 
 
