@@ -452,7 +452,8 @@ def load_head(folder: Path) -> nn.Linear:
 # 4  Text encoders
 # ==================================================================================================
 class TextEncoder(nn.Module):
-    """A Hugging Face text model whose output is one vector a text: the first token's, or the mean.
+    """A Hugging Face text model whose output is one vector a text: the first token's, the mean, or
+    the last token's.
 
     T_c, D_c, T_f, D_f of the paper: [N, d], d = 768 for the paper's checkpoints. Shown in 03.
     """
@@ -466,6 +467,9 @@ class TextEncoder(nn.Module):
         tokens = states.last_hidden_state  # [N, length, d]
         if self.pooling == "first":
             return tokens[:, 0]
+        if self.pooling == "last":
+            last = attention_mask.sum(1).clamp(min=1) - 1  # padding is on the right
+            return tokens[torch.arange(len(tokens)), last]
         mask = attention_mask[..., None].to(tokens.dtype)
         return (tokens * mask).sum(1) / mask.sum(1).clamp(min=1)
 
@@ -594,15 +598,16 @@ class ImageEncoder(nn.Module):
     """A network without its classification layer: one vector a picture, [N, width].
 
     Width is 2048 for SE-ResNeXt-50 and 512 for the small one. `name` is the setting `seresnext`,
-    `weights` the setting `image_weights`. `forward` takes bytes (0 to 255, uint8 or float)
+    `weights` the setting `image_weights`, `size` the pixels a side that a transformer is made for.
+    `forward` takes bytes (0 to 255, uint8 or float)
     [N, 3, H, W], red first, and prepares them as this network expects. Shown in 05.
     """
 
-    def __init__(self, name: str, weights: str = "none"):
+    def __init__(self, name: str, weights: str = "none", size: int = 224):
         super().__init__()
-        self.model, self.expects = make_network(name)
+        self.model, self.expects = make_network(name, size)
         self.width = self.expects.width
-        self.weights_from = load_weights(self.model, name, weights)
+        self.weights_from = load_weights(self.model, name, weights, size)
         for statistic in ("mean", "std"):  # buffers, so that they move to the encoder's device
             values = torch.tensor(getattr(self.expects, statistic))
             self.register_buffer(statistic, values, persistent=False)
@@ -635,7 +640,8 @@ def build_image_encoder(run: Run, name: str, folder: Path) -> dict:
     profile = run.profile
     check_network(profile)  # before hours of training, not after
     set_seed(run.seed)
-    model = ImageEncoder(profile.seresnext, image_weights(run))  # first: there may be no weights
+    # First: there may be no weights.
+    model = ImageEncoder(profile.seresnext, image_weights(run), profile.image_size)
     split, pictures = read_split(run), cached_pictures(run, profile.image_size)
     assert split["product_id"].tolist() == chosen_pictures(run)["product_id"].tolist()
     train, val = (picture_rows(pictures, split, part, profile.image_size, run.seed)
@@ -654,7 +660,7 @@ def build_image_encoder(run: Run, name: str, folder: Path) -> dict:
 
 def load_image_encoder(run: Run) -> ImageEncoder:
     """The image encoder of stage `seresnext`, in eval mode."""
-    encoder = ImageEncoder(run.profile.seresnext)
+    encoder = ImageEncoder(run.profile.seresnext, size=run.profile.image_size)
     encoder.load_state_dict(load_file(read_stage(run, "seresnext") / "encoder.safetensors"))
     return encoder.eval()
 
@@ -764,7 +770,8 @@ def untrained_encoder(run: Run) -> ImageEncoder:
     """The network with its published weights, the same for every split and seed."""
     check_network(run.profile)
     torch.manual_seed(0)  # for random weights, where there are no others
-    return ImageEncoder(run.profile.seresnext, image_weights(run))
+    profile = run.profile
+    return ImageEncoder(profile.seresnext, image_weights(run), profile.image_size)
 
 
 def save_vectors(run: Run, folder: Path, encoder: ImageEncoder,

@@ -91,7 +91,7 @@ def text_network(profile: Profile, encoder: str, tokens: int) -> Network:
 def image_networks(profile: Profile) -> tuple[Network, Network]:
     """The image encoder on one whole picture, and on all regions of one picture."""
     with torch.device("meta"):
-        encoder = h.ImageEncoder(profile.seresnext).to("meta").eval()
+        encoder = h.ImageEncoder(profile.seresnext, size=profile.image_size).to("meta").eval()
         picture = partial(torch.empty, 1, 3)
         forward = flops(encoder, picture(profile.image_size, profile.image_size))
         network = Network(h.count_parameters(encoder), encoder.width, forward)

@@ -142,7 +142,8 @@ class Profile:
         "apart", "each text encoder reads its field, or title and description as one text",
         source="paper, section III.A")
     max_length: Tokens = setting(256, "where texts are cut", "tokens", PAPER_4B)
-    pooling: Literal["first", "mean"] = setting("first", "the first token's vector, or the mean")
+    pooling: Literal["first", "mean", "last"] = setting(
+        "first", "a text's vector: its first token's, the mean, or its last token's")
     text_epochs: Count = setting(10, "of fine-tuning on texts", "epochs", PAPER_4B)
     text_batch: Count = setting(32, "a step of fine-tuning on texts", "rows", PAPER_4B)
     text_lr: Rate = setting(2e-5, "AdamW's learning rate", "", PAPER_4B)

@@ -15,6 +15,7 @@ import helpers as h
 from commands.importing import Columns, import_catalogue
 from conftest import ROOT, SMALL, isolate
 from engine.catalogue import load_catalogue
+from engine.settings import TEXT_STAGES
 from own_catalogue import KINDS, make_products
 
 COLUMNS = Columns("name", "category", "details", "photo")
@@ -158,7 +159,8 @@ def test_three_classes_and_products_without_picture(tmp_path, monkeypatch):
     import_catalogue(written(tmp_path / "shop", table), tmp_path / "own", COLUMNS, blank=True)
     isolate(monkeypatch, tmp_path, tmp_path)
     run = h.open_run("sample", "80-20", 1, {**TINY, "data": str(tmp_path / "own"), "rows": "all"})
-    h.stage(run, "fusion-concat-add")
+    for name in ("splits", "text", *TEXT_STAGES, "seresnext", "image_regions", "fusion-concat-add"):
+        h.stage(run, name)
     ids = h.read_split(run).query("part == 'test'")["product_id"]
     x = h.read_representations(run, ids)
     probabilities = h.fusion_probabilities(run, h.named_variant("concat-add"), x)
