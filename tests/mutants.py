@@ -139,7 +139,7 @@ MUTANTS = [
     # Text encoders
     *of("helpers.py", "test_text.py",
         ("return tokens[:, 0]", "return tokens[:, 1]"),
-        ("mask.sum(1).clamp(min=1)", "mask.shape[1]")),
+        ("/ mask.sum(1).clamp(min=1)", "/ mask.shape[1]")),
     *of("engine/text_checkpoints.py", "test_text_checkpoints.py test_tokens.py -m 'not slow'",
         ('tokenizer.padding_side = "right"', 'tokenizer.padding_side = "left"'),
         ("faithful = probe_ids(tokenizer) == wanted", "faithful = True"),
