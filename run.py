@@ -60,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="only print what the study would cost")
     command(status)("--disk", action="store_true", help="what each stage takes")
     command(settings, ())
-    command(doctor)("--all-pictures", action="store_true", help="decode all, not 500")
+    add = command(doctor)
+    add("--all-pictures", action="store_true", help="decode all, not 500")
+    add("--encoders", action="store_true", help="encoders that fit the slots, each built and tried")
     command(report)
     command(stage)("names", nargs="*", metavar="STAGE", help="none: all, in order")
     import_options(command(import_, ()))
@@ -158,6 +160,10 @@ def settings(words: argparse.Namespace) -> None:
 def doctor(words: argparse.Namespace) -> int:
     """Say whether all that a run needs is there: catalogue, pictures, machine, weights."""
     plan = make_plan(words)
+    if words.encoders:
+        from commands.encoders import print_encoders
+
+        return int(not print_encoders(console))
     from commands.doctor import check_up, print_checks
 
     checks = check_up(plan[0].run, words.all_pictures)
