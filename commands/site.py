@@ -107,6 +107,7 @@ def prepare(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for cell, caption in zip(book.cells, captions_of(book)):
         if cell.cell_type == "markdown":
             cell.source = cell.source.replace("](../README.md)", "](../about.md)")
+            cell.source = cell.source.replace("](../docs/", "](../")
         elif cell.source.startswith("h.caption("):
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), "remove-input"]
         if caption:

@@ -57,8 +57,8 @@ def equation_one(answer: Callable) -> None:
 
     Each vector is a list of numbers; P has been fitted to the width of what it joins.
     """
-    rng = np.random.default_rng(7)
-    for text_z, final_z in itertools.product(BY_HAND, BY_HAND):
+    rng, pairs = np.random.default_rng(7), itertools.product(BY_HAND, BY_HAND)
+    for text_z, final_z in sorted(pairs, key=lambda pair: pair.count("concat")):
         x = {name: rng.integers(-9, 9, 2).astype(float).tolist() for name in TEXTS}
         x["P"] = rng.integers(1, 9, 8 if text_z == "concat" else 2).astype(float).tolist()
         found = answer({name: list(v) for name, v in x.items()}, text_z, final_z)
@@ -102,7 +102,7 @@ def tied_weights(answer: Callable) -> None:
         seen = found @ five.flatten()
         mean = v @ five.mean(0)
         expect(not torch.allclose(seen, mean, atol=1e-5), "Each of the five weighs a fifth in it: "
-               "that is one level of averages, and equation (1) has three.")
+               "that is the mean of all at once, and equation (1) takes two at a time.")
         text = five[1:].mean(0)
         same(seen, v @ (five[0] + text) / 2, "W does not give what V gives of equation (1).")
 
