@@ -185,6 +185,7 @@ from engine.variants import (
     Variant,
     display_name,
     named_variant,
+    own_variants,
     scored_variants,
 )
 from engine.vectors import encode, encode_rows
