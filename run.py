@@ -2,7 +2,7 @@
 
     python run.py study      execute what is not done yet, print the tables, write the report
     python run.py status     what is done, what is stale, what is missing; --disk: what it takes
-    python run.py settings   every setting with its default in both profiles, unit and source
+    python run.py settings   every setting with its default in each profile, unit and source
     python run.py doctor     whether all that a run needs is there
     python run.py report     write the report again
     python run.py stage      make stages without their notebooks
@@ -146,7 +146,7 @@ def status(words: argparse.Namespace) -> None:
 
 
 def settings(words: argparse.Namespace) -> None:
-    """Print every setting with its default in both profiles, its unit and its source."""
+    """Print every setting with its default in each profile, its unit and its source."""
     from engine.settings import about
 
     table = Table("setting", *PROFILES, "unit", "what it is", "source")

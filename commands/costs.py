@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, CamembertConfig, FlaubertConfig, PreTrainedConfig
 
 import helpers as h
+from commands.encoders import listed_config
 from engine.picture_cache import cache_bytes
 from engine.rows import usable_products
 from engine.runs import Run
@@ -49,7 +50,8 @@ def flops(model: Callable, *rows: torch.Tensor, **inputs: torch.Tensor) -> int:
     return counter.get_total_flops()
 
 
-# The paper's two checkpoints; used where the hub's files are not at hand.
+# The paper's two checkpoints; used where neither the hub's files are at hand nor
+# data/encoders.toml has the encoder.
 BASE_CONFIGS = {
     "camembert": CamembertConfig(
         vocab_size=32_005, max_position_embeddings=514, type_vocab_size=1),
@@ -57,7 +59,7 @@ BASE_CONFIGS = {
 
 
 def text_config(profile: Profile, encoder: str) -> PreTrainedConfig | None:
-    """A small encoder's configuration, or a checkpoint's; None if it does not lie here."""
+    """A small encoder's configuration, or a checkpoint's; None if it is not known here."""
     source = getattr(profile, encoder)
     if source == "small":
         return type(BASE_CONFIGS[encoder])(
@@ -68,7 +70,7 @@ def text_config(profile: Profile, encoder: str) -> PreTrainedConfig | None:
         return AutoConfig.from_pretrained(checkpoint_place(source), local_files_only=True,
                                           trust_remote_code=False)
     except (OSError, ValueError):
-        return None
+        return listed_config(source)
 
 
 @cache

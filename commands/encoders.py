@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModel
+from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig
 
 import helpers as h
 from engine.files import one_line
@@ -21,11 +21,16 @@ SIDE, TILE = 224, 14  # pixels a side of the paper's pictures and tiles
 LAYERS = 2  # of a text encoder that is run; its other layers are the same
 
 
+def read_encoders() -> dict[str, list[dict]]:
+    """The entries of data/encoders.toml, of texts and of images."""
+    return tomllib.loads(FILE.read_text(encoding="utf-8"))
+
+
 def encoder_rows() -> Iterator[dict[str, str]]:
     """Of each encoder in data/encoders.toml: slot, name, width, millions of parameters, what it
     reads, the setting that fits, and "ok" or why it does not work.
     """
-    known = tomllib.loads(FILE.read_text(encoding="utf-8"))
+    known = read_encoders()
     looks = {"text": look_at_text, "image": look_at_image}
     for slot, look in looks.items():
         for entry in known[slot]:
@@ -37,16 +42,23 @@ def encoder_rows() -> Iterator[dict[str, str]]:
             yield {"slot": slot, "name": entry["name"], **row}
 
 
+def listed_config(name: str) -> PreTrainedConfig | None:
+    """The configuration of a text encoder in data/encoders.toml; None of another."""
+    entries = [entry for entry in read_encoders()["text"] if entry["name"] == name]
+    return config_of(entries[0]) if entries else None
+
+
+def config_of(entry: dict, **changes: int) -> PreTrainedConfig:
+    """An entry's configuration, with some of its sizes changed."""
+    return CONFIG_MAPPING[entry["type"]](**entry["config"] | changes)
+
+
 def look_at_text(entry: dict) -> dict[str, str]:
     """Width, size and pooling of a text encoder; ValueError if its vector is no text's."""
-    def make(**changes: int) -> nn.Module:
-        config = CONFIG_MAPPING[entry["type"]](**entry["config"] | changes)
-        return AutoModel.from_config(config).eval()
-
     with torch.device("meta"):
-        whole = make()
+        whole = AutoModel.from_config(config_of(entry)).eval()
     layers = "n_layers" if entry["type"] == "flaubert" else "num_hidden_layers"
-    model = make(**{layers: LAYERS})
+    model = AutoModel.from_config(config_of(entry, **{layers: LAYERS})).eval()
     if entry["pooling"] == "first":
         refuse_blind_first_token(entry["name"], model)
     check_vectors(h.TextEncoder(model, entry["pooling"]), whole.config.hidden_size)

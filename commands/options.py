@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from commands import plan as plans
-from engine.settings import SPLITS, parse_settings
+from engine.settings import PROFILES, SPLITS, parse_settings
 
 
 def grid_options() -> argparse.ArgumentParser:
     """The options that say which runs, for the commands that share them."""
     grid = argparse.ArgumentParser(add_help=False)
     add = grid.add_argument_group("which runs").add_argument
-    add("--profile", default="sample", help="sample | paper")
+    add("--profile", default="sample", help=" | ".join(PROFILES))
     add("--split", action="append", default=[], help="90-10 | 80-20; may be repeated")
     add("--seed", action="append", type=int, default=[], help="may be repeated")
     add("--rows", help="described | all")

@@ -203,6 +203,11 @@ PROFILES = {
         text_width=64, text_layers=2, vocabulary=2000, max_length=96, text_lr=1e-3, image_size=80,
         image_epochs=12, image_lr=3e-3, bootstrap=1000, threads=1, processes=1, as_released=True),
     "paper": Profile(),
+    # Encoders of 2023 to 2025, cased texts, all rows, the features of the whole picture.
+    "modern": Profile(
+        name="modern", rows="all", clean="light", camembert="almanach/moderncamembert-base",
+        flaubert="almanach/camembertav2-base", regions="feature_map",
+        seresnext="timm/convnext_base.fb_in22k_ft_in1k", fusion_seeds=5),
 }
 # Settings that decide how fast a stage is made and in how much memory, not what it contains.
 SPEED_ONLY = ("gradient_checkpointing", "checkpoint_steps", "threads", "deterministic",
