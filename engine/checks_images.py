@@ -208,6 +208,12 @@ def mean_in_batches(answer: Callable) -> None:
                                      "the mean of all vectors.", 1e-4)
 
 
+def bent_mean(picture: Tensor, grid: int, weights: Tensor) -> Tensor:
+    """P by an encoder that is not linear: tanh of weighted sums of a tile's numbers."""
+    return torch.stack([torch.tanh(tile.flatten() @ weights) for tile in
+                        slices(picture, grid)]).mean(0)
+
+
 @exercise(hint="What changes the order of the tiles, and no tile? Swap two of them, or roll the "
                "picture by the side of one.",
           insight="P says which tiles a picture has, not where they are.")
@@ -223,8 +229,7 @@ def twin_picture(answer: Callable) -> None:
                                             f"should have {list(picture.shape)}.")
         expect(not torch.equal(twin, picture), "This is the picture itself.")
         weights = torch.randn(3 * (side // grid) ** 2, 5, generator=random)
-        P, of_twin = (torch.stack([torch.tanh(tile.flatten() @ weights) for tile in
-                                   slices(each, grid)]).mean(0) for each in (picture, twin))
+        P, of_twin = (bent_mean(each, grid, weights) for each in (picture, twin))
         ordered = (torch.sort(each.flatten()).values for each in (picture, twin))
         expect(torch.allclose(P, of_twin, atol=1e-5) or not torch.equal(*ordered),
                "Your picture has the same pixels in other tiles: a tile must stay whole and "
