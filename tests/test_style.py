@@ -22,7 +22,7 @@ HELPERS = ROOMS["helpers"]
 TREE = ast.parse(HELPERS)
 TREES = {room: ast.parse(source) for room, source in ROOMS.items()}
 WIDTH, ROOM_LINES, HELPERS_LINES, FUNCTION_LINES = 100, 300, 1300, 40
-CELL_LINES, DUPLICATE_LINES, NOTEBOOK_BYTES = 15, 4, 800_000
+CELL_LINES, DUPLICATE_LINES, NOTEBOOK_BYTES = 15, 4, 500_000
 PARAMETERS = ["PROFILE", "SPLIT", "SEED", "SETTINGS"]
 ALLOWED_TAGS = {"parameters", "nbval-check-output", "nbval-skip", "nbval-ignore-output",
                 "raises-exception"}
