@@ -60,8 +60,8 @@ def paired_interval(answer: Callable) -> None:
     low, high = answer(right, second, rng)
     half = 1.96 * math.sqrt(60 / 400 - (20 / 400) ** 2) / math.sqrt(400)
     expect(abs((low + high) / 2 - 20 / 400) < 0.2 * half,
-           f"The first model has 20 more of 400 rows right, so the interval lies around 0.05; yours around "
-           f" {(low + high) / 2:.3f}.")
+           "The first model has 20 more of 400 rows right, so the interval lies around 0.05; yours "
+           f"around {(low + high) / 2:.3f}.")
     wide = (high - low) / (2 * half)
     expect(0.9 < wide < 1.1, f"The interval is {wide:.2f} times as wide as it should be. Draw N "
                                "rows with replacement, and cut off 2.5% at each end.")
