@@ -94,8 +94,8 @@ def display_name(model: str) -> str:
     """How tables and figures call a model: "CamemBERT title" for camembert_title, "text concat +
     final add" for concat-add, as the paper does. Other names stay.
     """
-    if model in ENCODER_NAMES:
-        return ENCODER_NAMES[model]
+    if model in ENCODER_NAMES or " " in model:  # no variant's name has a space, "TF-IDF both" has
+        return ENCODER_NAMES.get(model, model)
     try:
         variant = named_variant(model)
     except ValueError:
