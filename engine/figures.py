@@ -100,7 +100,7 @@ def plot_confusion(ax, truth: Sequence[int], predicted: Sequence[int], names: Se
     ends = (-0.5, len(names) - 0.5)
     labels = [f"{name} ({n:.0f})  {k}" for name, n, k in zip(names, counts, numbers)]
     ax.set(xlabel="predicted class", ylabel="true class", xlim=ends, ylim=ends[::-1],
-           aspect="equal", xticks=range(len(names)), yticks=range(len(names)))
+           xticks=range(len(names)), yticks=range(len(names)))
     ax.set_xticklabels(numbers, fontsize=5.5)
     ax.set_yticklabels(labels, fontsize=6.5)
     ax.tick_params(length=0)
