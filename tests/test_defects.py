@@ -8,7 +8,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from commands.plan import NOTEBOOKS, Step
 from conftest import ROOT
+from engine.runs import open_run
 
 BOOK = ROOT / "notebooks" / "12_defects_of_real_code.ipynb"
 CELLS = {cell["id"]: cell for cell in json.loads(BOOK.read_text(encoding="utf-8"))["cells"]}
@@ -145,3 +147,10 @@ def test_the_points_that_are_said_to_be_released_code_are_about_that(book):
     assert book["POINTS"].keys() == said.keys()
     for defect, point in book["POINTS"].items():
         assert said[defect] in book["released"][point]
+
+
+def test_only_the_notebooks_that_compare_splits_read_other_runs():
+    run = open_run("sample", "90-10", 0)
+    several = [name[:2] for name in NOTEBOOKS if len(Step(name, run).runs) > 1]
+    assert several == ["08", "09", "10"]
+    assert Step(BOOK.stem, run).runs == [run]
