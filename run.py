@@ -85,7 +85,9 @@ def parser() -> argparse.ArgumentParser:
                        help="the stages that no run names")
     command(publish, ())
     command(slides, ())
-    command(kit)("--all", action="store_true", help="what notebooks from 07 on make, too")
+    add = command(kit)
+    add("--all", action="store_true", help="what notebooks from 07 on make, too")
+    add("--to", type=Path, default=Path("build", "class-kit.zip"), metavar="FILE")
     return top
 
 
@@ -267,7 +269,8 @@ def kit(words: argparse.Namespace) -> None:
     plan = make_plan(words)
     from commands.kit import write_kit
 
-    console.print(f"Class kit: {write_kit(plan, words.all)}", highlight=False, soft_wrap=True)
+    path = write_kit(plan, words.all, words.to)
+    console.print(f"Class kit: {path}", highlight=False, soft_wrap=True)
 
 
 def main(words: list[str] | None = None) -> int:

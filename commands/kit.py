@@ -1,4 +1,4 @@
-"""A class's kit: what a run's notebooks have made, in one archive, so that a class need not wait."""
+"""A class's kit: what a run's notebooks have made, in one archive, so that no class waits."""
 from __future__ import annotations
 
 import json
@@ -7,7 +7,6 @@ from pathlib import Path
 
 from commands.plan import NOTEBOOKS, Step, state
 from commands.store import size_of
-from engine import settings
 from engine.files import read_json
 from engine.keys import folder_of
 from engine.runs import runs_folder
@@ -29,13 +28,12 @@ keys differ: then `run.py status` says stale, and the notebooks make their own.
 """
 
 
-def write_kit(plan: list[Step], everything: bool, target: Path | None = None) -> Path:
-    """Pack the stages and executed notebooks of a plan; the archive's path.
+def write_kit(plan: list[Step], everything: bool, target: Path) -> Path:
+    """Pack the stages and executed notebooks of a plan into `target`; its path.
 
     What the notebooks 01 to 06 have made, so that a class begins with 07; with `everything` what
     all have, so that none trains. ValueError for a notebook that is not done.
     """
-    target = target or settings.ROOT / "build" / "class-kit.zip"
     steps = [step for step in plan if everything or step.notebook < FIRST_OF_CLASS]
     for step in steps:
         if state(step) != "done":
