@@ -3,9 +3,9 @@
     python3.12 tests/colab_check.py                   make build/colab, then run the notebooks
     python3.12 tests/colab_check.py --only 01 --only 02
 
-In build/colab: the libraries of requirements.txt that Colab has, at its versions; then, without
-dependencies, requirements-elsewhere.txt, as docs/anywhere.md says. It needs the network, and no
-module but Python's own.
+In build/colab: the libraries of data/colab_versions.txt; then, without dependencies,
+requirements-elsewhere.txt, as docs/anywhere.md says. It needs the network, and no module but
+Python's own.
 """
 from __future__ import annotations
 
@@ -56,8 +56,7 @@ def installed() -> list[str]:
 def install() -> None:
     """Make build/colab; RuntimeError if adding what Colab lacks has changed what it has."""
     venv.create(PLACE, with_pip=True, clear=True)
-    there = sorted(set(pins(ROOT / "requirements.txt")) & set(pins(VERSIONS)))
-    python("-m", "pip", "install", "--quiet", "--constraint", str(VERSIONS), *there)
+    python("-m", "pip", "install", "--quiet", "--requirement", str(VERSIONS))
     before = installed()
     python("-m", "pip", "install", "--quiet", "--no-deps", "--requirement", str(ELSEWHERE))
     if changed := set(before) - set(installed()):
