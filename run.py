@@ -10,6 +10,8 @@
     python run.py submit     predict the challenge's unlabelled products
     python run.py clean      delete the stages that no run names any more
     python run.py publish    copy the default run's notebooks and figures into the repository
+    python run.py slides     slides of the committed notebooks
+    python run.py kit        pack what a class needs to begin with notebook 07
 
 Each notebook runs in a kernel process of its own, through papermill. What a notebook computes is
 kept as stages (engine/stages.py), so a study that was stopped goes on where it was. A command is
@@ -70,6 +72,10 @@ def parser() -> argparse.ArgumentParser:
     command(clean, ())("--unused", action="store_true", required=True,
                        help="the stages that no run names")
     command(publish, ())
+    command(slides, ())
+    add = command(kit)
+    add("--all", action="store_true", help="what notebooks from 07 on make, too")
+    add("--to", type=Path, default=Path("build", "class-kit.zip"), metavar="FILE")
     return top
 
 
@@ -236,6 +242,23 @@ def publish(words: argparse.Namespace) -> None:
     from commands.report import publish
 
     publish()
+
+
+def slides(words: argparse.Namespace) -> None:
+    """Write slides of the committed notebooks, which need no network."""
+    from commands.slides import write_slides
+
+    console.print(f"Slides: {write_slides()}", highlight=False, soft_wrap=True)
+
+
+def kit(words: argparse.Namespace) -> None:
+    """Pack what a class needs to begin with notebook 07; of split 90-10 unless others are named."""
+    words.split = words.split or [plans.DEFAULTS["SPLIT"]]
+    plan = make_plan(words)
+    from commands.kit import write_kit
+
+    path = write_kit(plan, words.all, words.to)
+    console.print(f"Class kit: {path}", highlight=False, soft_wrap=True)
 
 
 def main(words: list[str] | None = None) -> int:

@@ -127,7 +127,8 @@ def _without_traces(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     book.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     for cell in book.cells:
-        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        cell.metadata = {key: cell.metadata[key] for key in ("tags", "slideshow")
+                         if cell.metadata.get(key)}
         if cell.cell_type == "code":  # a finished progress line is an empty output
             cell.outputs = [output for output in cell.outputs
                             if output.get("data", {}).get("text/markdown") != ""]

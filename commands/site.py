@@ -79,8 +79,9 @@ def write_sources(plan: list[Step], source: Path) -> None:
     write_index(plan, runs, source)
     write_facts(plan, source)
     first = next((pages[0].rpartition("/")[0] for _, pages in runs), "")
-    for name, text in (("about", settings.ROOT / "README.md"),
-                       ("data", settings.ROOT / "data" / "README.md")):
+    pages = {"about": settings.ROOT / "README.md", "data": settings.ROOT / "data" / "README.md",
+             **{page.stem: page for page in DOCS.glob("*.md")}}
+    for name, text in pages.items():
         write_text(source / f"{name}.md", site_links(text.read_text(encoding="utf-8"), first))
     shutil.copytree(settings.ROOT / "figures", source / "figures")
     for name in ("LICENSE", "CITATION.cff"):
@@ -94,8 +95,9 @@ def folder_name(run: Run) -> str:
 
 def site_links(text: str, notebooks: str) -> str:
     """Links of the repository as links of the site; `notebooks` is the folder of one run."""
+    text = text.replace("](../", "](")  # as a page in docs/ or data/ says it
     text = re.sub(r"\]\(notebooks/(\w+)\.ipynb\)", rf"]({notebooks}/\1.ipynb)", text)
-    for here, there in (("data/README.md", "data.md"), ("../README.md", "about.md"), ("docs/", "")):
+    for here, there in (("data/README.md", "data.md"), ("README.md", "about.md"), ("docs/", "")):
         text = text.replace(f"]({here}", f"]({there}")
     return text
 
