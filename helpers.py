@@ -60,6 +60,7 @@ from engine.catalogue import (
     load_classes,
     load_published,
     load_released,
+    load_text_lengths,
     sample_generator,
 )
 from engine.checks import check

@@ -50,8 +50,7 @@ def flops(model: Callable, *rows: torch.Tensor, **inputs: torch.Tensor) -> int:
     return counter.get_total_flops()
 
 
-# The paper's two checkpoints; used where neither the hub's files are at hand nor
-# data/encoders.toml has the encoder.
+# The paper's two checkpoints; used where nothing else says what a checkpoint is.
 BASE_CONFIGS = {
     "camembert": CamembertConfig(
         vocab_size=32_005, max_position_embeddings=514, type_vocab_size=1),

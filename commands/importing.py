@@ -53,7 +53,7 @@ def import_catalogue(table: Path, folder: Path, columns: Columns, images: Path |
     rows = read_rows(table, columns, encoding)
     rows["picture"] = find_pictures(rows["image"], images or table.parent)
     refuse_bad_rows(table, faults_of(rows, blank), "correct them")
-    classes = class_table(rows["label"])
+    classes = class_table(rows)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     write_tables(partial, rows, classes)
@@ -140,10 +140,12 @@ def faults_of(rows: pd.DataFrame, blank: bool) -> pd.DataFrame:
     return pd.DataFrame({"row": rows.index, "why": why})[(why != "").to_numpy()]
 
 
-def class_table(labels: pd.Series) -> pd.DataFrame:
-    """The classes in the order of their names: label_id, prdtypecode, domain, name_fr, name_en. The
-    code is the label where all labels are whole numbers, else its place from 1.
+def class_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """The classes in the order of their names: label_id, prdtypecode, domain, name_fr, name_en,
+    train_rows and rows_with_description. The code is the label where all labels are whole numbers,
+    else its place from 1.
     """
+    labels = rows["label"]
     names = sorted(labels.unique())
     if labels.str.fullmatch(WHOLE).all():
         names = sorted(names, key=int)
@@ -152,8 +154,11 @@ def class_table(labels: pd.Series) -> pd.DataFrame:
         codes = list(range(1, len(names) + 1))
     if len(names) < 2:
         raise ValueError(f"all rows have the label {names[0]!r}; a classifier needs two or more")
-    return pd.DataFrame({"label_id": range(len(names)), "prdtypecode": codes, "domain": "all",
-                         "name_fr": names, "name_en": names})
+    described = rows["description"].map(has_words).groupby(labels).sum()
+    return pd.DataFrame({
+        "label_id": range(len(names)), "prdtypecode": codes, "domain": "all", "name_fr": names,
+        "name_en": names, "train_rows": labels.value_counts().loc[names].to_numpy(),
+        "rows_with_description": described.loc[names].to_numpy()})
 
 
 def write_tables(folder: Path, rows: pd.DataFrame, classes: pd.DataFrame) -> None:

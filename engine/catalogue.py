@@ -51,8 +51,8 @@ def classes_file(folder: Path) -> Path:
 
 @content(lambda run: hash_file(classes_file(catalogue_folder(run))))
 def load_classes(run: Run) -> pd.DataFrame:
-    """The classes of the run's catalogue: label_id, prdtypecode, domain, name_fr, name_en, and, of
-    Rakuten's 27, train_rows and rows_with_description.
+    """The classes of the run's catalogue: label_id, prdtypecode, domain, name_fr, name_en, and how
+    many rows each has in the whole table, train_rows, of these rows_with_description.
     """
     return pd.read_csv(classes_file(catalogue_folder(run)))
 
@@ -68,6 +68,11 @@ def load_published() -> pd.DataFrame:
 def load_released() -> pd.DataFrame:
     """What the paper says and what its released notebooks do, point by point, with the place."""
     return pd.read_csv(RELEASED)
+
+
+def load_text_lengths() -> pd.DataFrame:
+    """How long some real product texts are in tokens, as data/README.md says they were measured."""
+    return pd.read_csv(RELEASED.with_name("real_text_lengths.csv"), index_col="texts")
 
 
 # --- where it lies --------------------------------------------------------------------------------
