@@ -134,7 +134,7 @@ def _watched_fit(seen: list[int]) -> Callable:
                "means of confidence and right, and of the distances the mean over all rows.",
           insight="The distance is taken of each bin's means: rows are right or wrong, never 80% "
                   "right, so a distance of single rows says nothing of how honest 80% is.")
-def calibration_error(answer: Callable) -> None:
+def expected_calibration_error(answer: Callable) -> None:
     """Write a function of confidence [N], right [N] (1 or 0) and bins that returns the expected
     calibration error over bins of as many rows each, sorted by confidence.
     """
