@@ -28,7 +28,7 @@ def write_submission(run: Run, variant: h.Variant) -> Path:
     layout, products = LAYOUTS[find_layout(folder)], load_test_products(folder)
     check_pictures(products, "unpack those of the unlabelled products there")
     labels = h.predict_products(run, products, variant).argmax(-1).numpy()
-    codes = load_classes()["prdtypecode"].to_numpy()[labels]
+    codes = load_classes(run)["prdtypecode"].to_numpy()[labels]
     table = pd.DataFrame({layout["label"]: codes}, index=products.index)
     name = Path(test_table(folder))
     path = run.folder / "submissions" / variant.name

@@ -14,7 +14,10 @@ import pandas as pd
 import seaborn as sns
 from IPython import get_ipython
 from IPython.display import Markdown, display
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from engine import settings
@@ -94,19 +97,30 @@ def plot_learning_curve(axes: Sequence, curve: pd.DataFrame, label: str, colour:
 
 def plot_confusion(ax, truth: Sequence[int], predicted: Sequence[int], names: Sequence[str],
                    place: pd.Series) -> pd.DataFrame:
-    """Shares of each true class (rows sum to 1) as a one-hue map from 0 to 1; returns them.
+    """Shares of each true class (rows sum to 1) as a one-hue map from 0 to 1; returns them. The
+    more products, the larger a square.
 
-    `place` maps a label id to its row and column, `names` are the classes in that order.
+    `place` maps a label id to its row and column, `names` are the classes in that order. Classes
+    are numbered from 1, with their products in brackets.
     """
     cells = np.zeros((len(names), len(names)))
     np.add.at(cells, (place[truth].to_numpy(), place[predicted].to_numpy()), 1)
-    shares = cells / np.maximum(cells.sum(1, keepdims=True), 1)
-    shares = pd.DataFrame(shares, index=list(names), columns=list(names))
-    sns.heatmap(shares, ax=ax, vmin=0, vmax=1, cmap="Greys", cbar=False, square=True,
-                xticklabels=True, yticklabels=True)
-    ax.set(xlabel="predicted class", ylabel="true class")
-    ax.tick_params(labelsize=5, length=0)
-    return shares
+    counts, numbers = cells.sum(1), range(1, len(names) + 1)
+    shares = cells / np.maximum(counts[:, None], 1)
+    filled = np.argwhere(cells)
+    sides = np.sqrt(cells[cells > 0] / cells.max()).clip(0.4)
+    squares = [Rectangle((x - side / 2, y - side / 2), side, side)
+               for (y, x), side in zip(filled, sides)]
+    ax.add_collection(PatchCollection(squares, cmap="Greys", norm=Normalize(0, 1),
+                                      array=shares[cells > 0], edgecolor="none"))
+    ends = (-0.5, len(names) - 0.5)
+    labels = [f"{name} ({n:.0f})  {k}" for name, n, k in zip(names, counts, numbers)]
+    ax.set(xlabel="predicted class", ylabel="true class", xlim=ends, ylim=ends[::-1],
+           xticks=range(len(names)), yticks=range(len(names)))
+    ax.set_xticklabels(numbers, fontsize=5.5)
+    ax.set_yticklabels(labels, fontsize=6.5)
+    ax.tick_params(length=0)
+    return pd.DataFrame(shares, index=list(names), columns=list(names))
 
 
 def plot_scores(ax, scores: pd.DataFrame, metric: str,
