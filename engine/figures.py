@@ -33,13 +33,14 @@ COLUMN, PAGE = 3.5, 7.2  # inches
 def figure(width: float = PAGE, height: float = 3.0, **subplots):
     """`plt.subplots` in the study's look, whatever a user's own matplotlib settings are."""
     plt.rcdefaults()
-    if shell := get_ipython():
-        shell.display_formatter.formatters["image/png"].for_type(Figure, small_png)
     sns.set_theme(style="ticks", context="paper", rc={
         "figure.constrained_layout.use": True, "savefig.dpi": 200, "figure.dpi": 110,
         "axes.spines.top": False, "axes.spines.right": False,
         "svg.hashsalt": "hierarchical-fusion", "svg.fonttype": "none"})
-    return plt.subplots(figsize=(width, height), **subplots)
+    made = plt.subplots(figsize=(width, height), **subplots)
+    if shell := get_ipython():  # after the first figure, with which the backend sets its own
+        shell.display_formatter.formatters["image/png"].for_type(Figure, small_png)
+    return made
 
 
 def small_png(fig: Figure) -> str:
