@@ -5,10 +5,11 @@ PYTHON ?=
 # make test PYTEST_ARGS=
 PYTEST_ARGS ?= -n 2
 PY := .venv/bin/python
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
 CODE := *.py engine commands tests data docs
 
 help: ## say what each target does
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s  %s\n", $$1, $$2}' Makefile
 
 study: .venv/installed ## run the whole study on the bundled sample: both splits, tables, report
 	$(PY) run.py study
@@ -39,8 +40,24 @@ ray: .venv/ray-installed ## install Ray, for `run.py study --on ray`
 lab: .venv/installed ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks
 
+cpu: ## install PyTorch's CPU build, before all else: saves 7 GB where there is no NVIDIA GPU
+	@$(MAKE_VENV)
+	$(PY) -m pip install $$(sed -n 's/^\(torch[a-z]*==[^ ]*\).*/\1/p' requirements.txt) --index-url $(CPU_WHEELS)
+
+site: .venv/installed ## make the report's site again, from what is made, and print its path
+	$(PY) run.py report
+
+slides: .venv/slides-installed ## slides of each notebook in build/slides, which need no network; installs reveal.js
+	$(PY) run.py slides
+
+class-kit: .venv/installed ## pack what a class needs to begin with notebook 07, in build/class-kit.zip; KIT=--all: and to train nothing
+	$(PY) run.py kit $(KIT)
+
+colab-check: ## run the sample's notebooks on the versions of data/colab_versions.txt, in build/colab (6 GB)
+	$(if $(PYTHON),$(PYTHON),python3.12) tests/colab_check.py
+
 clean: ## remove what runs have made (the environment and Rakuten's files stay)
-	rm -rf runs data/sample data/cache data/*.lock .pytest_cache .ruff_cache __pycache__ */__pycache__
+	rm -rf runs build data/sample data/cache data/*.lock .pytest_cache .ruff_cache __pycache__ */__pycache__
 
 # An environment that is there is used as it is, with what was installed into it before: PyTorch's CPU build, say.
 # One whose Python is gone is made anew. `installed` comes last, so an interrupted installation is repeated.
@@ -53,6 +70,10 @@ clean: ## remove what runs have made (the environment and Rakuten's files stay)
 .venv/ray-installed: .venv/installed requirements-ray.txt
 	$(PY) -m pip install --quiet --requirement requirements-ray.txt --constraint constraints.txt
 	touch .venv/ray-installed
+
+.venv/slides-installed: .venv/installed requirements-slides.txt
+	$(PY) -m pip install --quiet --requirement requirements-slides.txt --constraint constraints.txt
+	touch .venv/slides-installed
 
 ifneq ($(PYTHON),) # who names a Python does not get the one that .venv holds already
 .venv/installed: | same
@@ -97,4 +118,4 @@ done; \
 refuse "$$seen, but 3.11 to 3.14 with ensurepip is needed: install one of these, or name one: $$other"
 endef
 
-.PHONY: help study test quick lint bench mutants load soak ray lab clean same
+.PHONY: help study test quick lint bench mutants load soak ray lab cpu site slides class-kit colab-check clean same

@@ -36,7 +36,6 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from torch import Tensor, nn
-from torchvision.transforms import v2
 from transformers import DataCollatorWithPadding, set_seed
 
 from engine.analysis import (
@@ -55,12 +54,12 @@ from engine.catalogue import (
     absent_pictures,
     catalogue_folder,
     check_pictures,
-    code_of,
     find_layout,
     load_catalogue,
     load_classes,
     load_published,
     load_released,
+    load_text_lengths,
     sample_generator,
 )
 from engine.checks import check
@@ -109,10 +108,12 @@ from engine.image_models import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     SmallSENet,
+    augmentation,
     check_network,
     image_weights,
     load_weights,
     make_network,
+    normalise,
     refusal,
 )
 from engine.keys import makes, one_look
@@ -197,6 +198,7 @@ from engine.variants import (
     Variant,
     display_name,
     named_variant,
+    own_variants,
     scored_variants,
 )
 from engine.vectors import encode, encode_rows
@@ -212,20 +214,23 @@ gc.enable()
 # 1  Splits
 # ==================================================================================================
 def make_split(products: pd.DataFrame, split: str, seed: int,
-               groups: Sequence[int] | None = None, held_out: float = 0.0) -> pd.DataFrame:
+               groups: Sequence[int] | None = None, held_out: float = 0.0,
+               codes: Sequence[int] | None = None) -> pd.DataFrame:
     """[product_id, label_id, part] with part train, val or test, stratified by class.
 
     The test part is 10% or 20% of the rows, the validation part 10% of the others (paper, section
     V). A share `held_out` of the training rows is a part of its own, "fusion". With `groups` (a
     number for each product) no group is in two parts, and the shares are kept as closely as whole
-    groups allow. ValueError if a class or all rows are too few to be split. Shown in 01.
+    groups allow. ValueError if a class or all rows are too few to be split; it names classes by
+    `codes`, the product type code of each label id. Shown in 01.
     """
     products = products.assign(group=range(len(products)) if groups is None else groups)
     products = products.sort_values("product_id")  # the file's order decides nothing
     counts = products["label_id"].value_counts()
+    codes = range(counts.index.max() + 1) if codes is None else codes
     needed = 4 if held_out else 3
     if counts.min() < needed:
-        few = {code_of(label): rows for label, rows in counts[counts < needed].items()}
+        few = {int(codes[label]): rows for label, rows in counts[counts < needed].items()}
         raise ValueError(f"a stratified split needs {needed} rows of each class, but these product "
                          f"type codes have fewer: {few}. Use rows='all', more rows, or remove "
                          "theirs")
@@ -236,7 +241,7 @@ def make_split(products: pd.DataFrame, split: str, seed: int,
     if held_out:
         train, parts["fusion"] = cut(train, held_out, seed)
     if untrained := sorted(set(counts.index) - set(train["label_id"])):
-        raise ValueError(f"product type code {code_of(untrained[0])} has no training row: all its "
+        raise ValueError(f"product type code {codes[untrained[0]]} has no training row: all its "
                          "rows are copies of each other. Use grouped=False, more rows or another "
                          "seed")
     parts["train"] = train
@@ -256,7 +261,7 @@ def build_splits(run: Run, name: str, folder: Path) -> dict:
     """
     save_table(folder / "set_aside.csv", set_aside(run))
     table = make_split(chosen_labels(run), run.split, run.seed, chosen_groups(run),
-                       held_out_share(run.profile))
+                       held_out_share(run.profile), load_classes(run)["prdtypecode"])
     save_table(folder / "split.csv", table)
     return {part: int(n) for part, n in table["part"].value_counts().items()}
 
@@ -293,16 +298,17 @@ def read_cleaned(run: Run) -> pd.DataFrame:
 BASELINES = ("majority class", "TF-IDF title", "TF-IDF description", "TF-IDF both")
 
 
-def tfidf_baseline(train: Sequence[str], labels: Sequence[int],
-                   texts: Sequence[str]) -> np.ndarray:
-    """Class probabilities [N, 27] of `texts` by TF-IDF (words and pairs) and logistic regression.
+def tfidf_baseline(train: Sequence[str], labels: Sequence[int], texts: Sequence[str],
+                   classes: int = 27) -> np.ndarray:
+    """Class probabilities [N, classes] of `texts` by TF-IDF (words and pairs) and logistic
+    regression.
 
     Shown in 02.
     """
     model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2),
                           LogisticRegression(C=10, max_iter=500))
     model.fit(train, labels)
-    probabilities = np.zeros((len(texts), len(load_classes())), dtype=np.float32)
+    probabilities = np.zeros((len(texts), classes), dtype=np.float32)
     probabilities[:, model[-1].classes_] = model.predict_proba(texts)
     return probabilities
 
@@ -313,10 +319,11 @@ def build_baselines(run: Run, name: str, folder: Path) -> dict:
     text = read_text(run)
     text["both"] = encoder_texts(text, "both", "joined")
     train, rest = text[text["part"] == "train"], text[text["part"] != "train"]
-    shares = np.bincount(train["label_id"], minlength=len(load_classes())) / len(train)
+    classes = len(load_classes(run))
+    shares = np.bincount(train["label_id"], minlength=classes) / len(train)
     probabilities = {"majority class": np.tile(shares.astype(np.float32), (len(rest), 1))}
     for field in (*FIELDS, "both"):
-        found = tfidf_baseline(train[field], train["label_id"], rest[field])
+        found = tfidf_baseline(train[field], train["label_id"], rest[field], classes)
         probabilities[f"TF-IDF {field}"] = found
     save_tensors(folder / "probabilities.safetensors", rest["product_id"], **probabilities)
     return {}
@@ -386,7 +393,7 @@ def build_frozen(run: Run, vectors: str, folder: Path) -> dict:
     """
     source, split = read_stage(run, vectors), read_split(run)
     features = load_tensors(source / "features.safetensors", split["product_id"])["features"]
-    head = nn.Linear(features.shape[1], len(load_classes()))
+    head = nn.Linear(features.shape[1], len(load_classes(run)))
     labels = torch.tensor(split["label_id"].to_numpy())
     curve = fit_head(head, features, labels, split["part"].to_numpy())
     for path in source.rglob("*"):
@@ -401,7 +408,8 @@ def build_frozen(run: Run, vectors: str, folder: Path) -> dict:
 # 4  Text encoders
 # ==================================================================================================
 class TextEncoder(nn.Module):
-    """A Hugging Face text model whose output is one vector a text: the first token's, or the mean.
+    """A Hugging Face text model whose output is one vector a text: the first token's, the mean, or
+    the last token's.
 
     T_c, D_c, T_f, D_f of the paper: [N, d], d = 768 for the paper's checkpoints. Shown in 03.
     """
@@ -415,6 +423,9 @@ class TextEncoder(nn.Module):
         tokens = states.last_hidden_state  # [N, length, d]
         if self.pooling == "first":
             return tokens[:, 0]
+        if self.pooling == "last":
+            last = attention_mask.sum(1).clamp(min=1) - 1  # padding is on the right
+            return tokens[torch.arange(len(tokens)), last]
         mask = attention_mask[..., None].to(tokens.dtype)
         return (tokens * mask).sum(1) / mask.sum(1).clamp(min=1)
 
@@ -476,7 +487,7 @@ def build_text_encoder(run: Run, name: str, folder: Path) -> dict:
     rows = tokenise(tokenizer, encoder_texts(text, field, profile.texts), profile.max_length)
     train, val = (text_rows(rows, text, part) for part in ("train", "val"))
     classifier = Classifier(TextEncoder(model, profile.pooling), model.config.hidden_size,
-                            dropout=profile.text_dropout)
+                            len(load_classes(run)), profile.text_dropout)
     curve = finetune(
         classifier, train, val, folder, profile, epochs=profile.text_epochs,
         batch=profile.text_batch, lr=profile.text_lr, weight_decay=0.01, seed=run.seed,
@@ -512,41 +523,20 @@ def build_text_vectors(run: Run, name: str, folder: Path) -> dict:
 # ==================================================================================================
 # 5  Image encoder
 # ==================================================================================================
-def augmentation(size: int) -> v2.Transform:
-    """Random rotation, flip and crop of training pictures (paper, section IV.A); uint8 to uint8.
-
-    Shown in 05.
-    """
-    return v2.Compose([
-        v2.ToPILImage(),  # Pillow rotates several times as fast as tensors do on a CPU
-        v2.RandomRotation(15, interpolation=v2.InterpolationMode.BILINEAR),
-        v2.RandomHorizontalFlip(),
-        v2.RandomResizedCrop(size, scale=(0.8, 1.0)),
-        v2.PILToTensor()])
-
-
-def normalise(pictures: Tensor, mean: Sequence[float] | Tensor,
-              std: Sequence[float] | Tensor) -> Tensor:
-    """Bytes [..., 3, H, W] to float32: as 0 to 1, minus `mean`, by `std` of each channel (paper,
-    section IV.A). Shown in 05.
-    """
-    mean, std = (torch.as_tensor(x, device=pictures.device).view(3, 1, 1) for x in (mean, std))
-    return (pictures.float() / 255 - mean) / std
-
-
 class ImageEncoder(nn.Module):
     """A network without its classification layer: one vector a picture, [N, width].
 
     Width is 2048 for SE-ResNeXt-50 and 512 for the small one. `name` is the setting `seresnext`,
-    `weights` the setting `image_weights`. `forward` takes bytes (0 to 255, uint8 or float)
+    `weights` the setting `image_weights`, `size` the pixels a side that a transformer is made for.
+    `forward` takes bytes (0 to 255, uint8 or float)
     [N, 3, H, W], red first, and prepares them as this network expects. Shown in 05.
     """
 
-    def __init__(self, name: str, weights: str = "none"):
+    def __init__(self, name: str, weights: str = "none", size: int = 224):
         super().__init__()
-        self.model, self.expects = make_network(name)
+        self.model, self.expects = make_network(name, size)
         self.width = self.expects.width
-        self.weights_from = load_weights(self.model, name, weights)
+        self.weights_from = load_weights(self.model, name, weights, size)
         for statistic in ("mean", "std"):  # buffers, so that they move to the encoder's device
             values = torch.tensor(getattr(self.expects, statistic))
             self.register_buffer(statistic, values, persistent=False)
@@ -579,12 +569,13 @@ def build_image_encoder(run: Run, name: str, folder: Path) -> dict:
     profile = run.profile
     check_network(profile)  # before hours of training, not after
     set_seed(run.seed)
-    model = ImageEncoder(profile.seresnext, image_weights(run))  # first: there may be no weights
+    # First: there may be no weights.
+    model = ImageEncoder(profile.seresnext, image_weights(run), profile.image_size)
     split, pictures = read_split(run), cached_pictures(run, profile.image_size)
     assert split["product_id"].tolist() == chosen_pictures(run)["product_id"].tolist()
     train, val = (picture_rows(pictures, split, part, profile.image_size, run.seed)
                   for part in ("train", "val"))
-    classifier = Classifier(model, model.width, dropout=0.0)
+    classifier = Classifier(model, model.width, len(load_classes(run)), dropout=0.0)
     curve = finetune(
         classifier, train, val, folder, profile, epochs=profile.image_epochs,
         batch=profile.image_batch, lr=profile.image_lr, seed=run.seed,
@@ -598,7 +589,7 @@ def build_image_encoder(run: Run, name: str, folder: Path) -> dict:
 
 def load_image_encoder(run: Run) -> ImageEncoder:
     """The image encoder of stage `seresnext`, in eval mode."""
-    encoder = ImageEncoder(run.profile.seresnext)
+    encoder = ImageEncoder(run.profile.seresnext, size=run.profile.image_size)
     encoder.load_state_dict(load_file(read_stage(run, "seresnext") / "encoder.safetensors"))
     return encoder.eval()
 
@@ -708,7 +699,8 @@ def untrained_encoder(run: Run) -> ImageEncoder:
     """The network with its published weights, the same for every split and seed."""
     check_network(run.profile)
     torch.manual_seed(0)  # for random weights, where there are no others
-    return ImageEncoder(run.profile.seresnext, image_weights(run))
+    profile = run.profile
+    return ImageEncoder(profile.seresnext, image_weights(run), profile.image_size)
 
 
 def save_vectors(run: Run, folder: Path, encoder: ImageEncoder,
@@ -937,8 +929,8 @@ def make_fusion(run: Run, variant: Variant,
     for name in (variant.text_fusion, variant.final_fusion):
         fusion_of(run, name)
     widths = {name: rows.shape[1] for name, rows in representations.items()}
-    profile = run.profile
-    return HierarchicalFusion(widths, variant, dropout=profile.dropout, project=profile.project,
+    profile, classes = run.profile, len(load_classes(run))
+    return HierarchicalFusion(widths, variant, classes, profile.dropout, profile.project,
                               hide=profile.modality_dropout if variant.hide else 0.0)
 
 
@@ -1207,13 +1199,12 @@ class ProductClassifier:
     def __init__(self, parts: Parts):
         self.run, self.variant, self.classes = parts.run, parts.variant, parts.classes
         profile, folders, self.image = self.run.profile, parts.folders, None
-        self.fusions = {name: load_fusion(self.run, name, folders[f"fusion-{name}"])
-                        for name in parts.fusions}
+        self.fusions = {name: load_fusion(parts, name) for name in parts.fusions}
         self.heads = {name: load_head(folders[name]) for name in ENCODER_MODELS if name in folders}
         self.readers = {name: load_checkpoint(str(folders[name] / "encoder"), profile.max_length)
                         for name in TEXT_STAGES if name in folders}
         if "seresnext" in folders:
-            self.image = ImageEncoder(profile.seresnext)
+            self.image = ImageEncoder(profile.seresnext, size=profile.image_size)
             self.image.load_state_dict(load_file(folders["seresnext"] / "encoder.safetensors"))
 
     def vectors(self, name: str, products: pd.DataFrame) -> Tensor:
@@ -1248,7 +1239,7 @@ class ProductClassifier:
         return found
 
     def levels(self, products: pd.DataFrame) -> dict[str, Tensor]:
-        """Class probabilities [N, 27] by model: each encoder's own head (NaN for no picture), the
+        """Class probabilities [N, classes] by model: each encoder's own head (NaN: no picture), the
         fusion of the texts alone where there is one, the whole.
         """
         x = self.representations(products)
@@ -1261,7 +1252,7 @@ class ProductClassifier:
                         for name, model in self.fusions.items()}
 
     def probabilities(self, products: pd.DataFrame, missing: Sequence[str] = ()) -> Tensor:
-        """Class probabilities [N, 27] by the fusion; `missing` as in `representations`."""
+        """Class probabilities [N, classes] by the fusion; `missing` as in `representations`."""
         x = self.representations(products, missing)
         return predict_fusion(self.fusions[self.variant.name], x).softmax(-1)
 
@@ -1277,11 +1268,14 @@ class ProductClassifier:
         return pd.concat([table, every], axis=1) if probabilities else table
 
 
-def load_fusion(run: Run, name: str, folder: Path) -> HierarchicalFusion:
-    """The first seed's model of a variant, from the folder of its stage or a copy of it."""
-    weights, variant = load_file(folder / "model-0.safetensors"), named_variant(name)
-    one_row = {symbol: weights[f"mean_{symbol}"][None] for symbol in variant.symbols}
-    model = make_fusion(run, variant, one_row)
+def load_fusion(parts: Parts, name: str) -> HierarchicalFusion:
+    """The first seed's model of a variant."""
+    variant, profile = named_variant(name), parts.run.profile
+    for z in (variant.text_fusion, variant.final_fusion):
+        fusion_of(parts.run, z)  # one's own is known from here on
+    weights = load_file(parts.folders[f"fusion-{name}"] / "model-0.safetensors")
+    widths = {symbol: len(weights[f"mean_{symbol}"]) for symbol in variant.symbols}
+    model = HierarchicalFusion(widths, variant, len(parts.classes), project=profile.project)
     model.load_state_dict(weights)
     return model
 

@@ -2,15 +2,18 @@
 
     python run.py study      execute what is not done yet, print the tables, write the report
     python run.py status     what is done, what is stale, what is missing; --disk: what it takes
-    python run.py settings   every setting with its default in both profiles, unit and source
+    python run.py settings   every setting with its default in each profile, unit and source
     python run.py doctor     whether all that a run needs is there
     python run.py report     write the report again
     python run.py stage      make stages without their notebooks
+    python run.py import     a catalogue of one's own, from a table, for --set data=<folder>
     python run.py submit     predict the challenge's unlabelled products
     python run.py predict    predict the products of a CSV file
     python run.py export     write a trained classifier into a folder of its own
     python run.py clean      delete the stages that no run names any more
     python run.py publish    copy the default run's notebooks and figures into the repository
+    python run.py slides     slides of the committed notebooks
+    python run.py kit        pack what a class needs to begin with notebook 07
 
 Each notebook runs in a kernel process of its own, through papermill. What a notebook computes is
 kept as stages (engine/stages.py), so a study that was stopped goes on where it was. A command is
@@ -21,15 +24,16 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from commands import options
 from commands import plan as plans
-from engine.settings import PROFILES, SPLITS, one_of, parse_settings, setting_names
+from commands.options import make_plan
+from engine.settings import PROFILES, one_of, setting_names
 
 gc.disable()  # helpers.py, where the libraries are, begins to look for garbage
 console = Console()
@@ -38,76 +42,40 @@ if not console.is_terminal:
 problems = Console(stderr=True)
 
 
-# --- words of the command line --------------------------------------------------------------------
-def grid_options() -> argparse.ArgumentParser:
-    """The options that say which runs, for the commands that share them."""
-    grid = argparse.ArgumentParser(add_help=False)
-    add = grid.add_argument_group("which runs").add_argument
-    add("--profile", default="sample", help="sample | paper")
-    add("--split", action="append", default=[], help="90-10 | 80-20; may be repeated")
-    add("--seed", action="append", type=int, default=[], help="may be repeated")
-    add("--rows", help="described | all")
-    add("--grouped", action="store_true", help="duplicates stay on one side of a split")
-    add("--limit", type=int, help="a stratified choice of this many rows")
-    add("--config", metavar="FILE", help="settings from a TOML file: name = value, a line each")
-    add("--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting")
-    return grid
-
-
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    grid = grid_options()
+    grid = options.grid_options()
     top = argparse.ArgumentParser(
         prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(function, parents=(grid,)):
-        words = commands.add_parser(function.__name__, parents=parents, help=function.__doc__,
+        name = function.__name__.rstrip("_")
+        words = commands.add_parser(name, parents=parents, help=function.__doc__,
                                     description=function.__doc__)
         words.set_defaults(function=function)
         return words.add_argument
 
-    add = command(study)
-    add("--from", dest="first", metavar="NN", help="execute this notebook and all after it again")
-    add("--only", action="append", default=[], metavar="NN", help="execute only this notebook")
-    add("--notebooks", type=int, metavar="N", help="notebooks executed at a time, of several "
-        "splits and seeds (default: on the sample as many as there are cores, else 1)")
-    add("--workers", type=int, default=1, metavar="N", help="stages made at a time, one GPU each")
-    add("--on", default="here", help="here | ray: where stages are made side by side")
-    add("--dry-run", action="store_true", help="only print what the study would cost")
+    options.study_options(command(study))
     command(status)("--disk", action="store_true", help="what each stage takes")
     command(settings, ())
-    command(doctor)("--all-pictures", action="store_true", help="decode all, not 500")
+    add = command(doctor)
+    add("--all-pictures", action="store_true", help="decode all, not 500")
+    add("--encoders", action="store_true", help="encoders that fit the slots, each built and tried")
     command(report)
     command(stage)("names", nargs="*", metavar="STAGE", help="none: all, in order")
+    options.import_options(command(import_, ()))
     command(submit)("--variant", default="concat-add", help="fusion, such as average-average")
-    add = command(predict)
-    add("file", type=Path, metavar="CSV", help="columns title, description, image")
-    add("--to", type=Path, metavar="FILE", help="where predictions go; without it to the console")
-    add("--from-folder", type=Path, metavar="FOLDER", help="what `export` has written, not a run")
-    add("--variant", help="fusion, such as average-average (default: concat-add, or the folder's)")
-    add("--probabilities", action="store_true", help="of all 27 classes too")
-    add = command(export)
-    add("folder", type=Path, metavar="FOLDER", help="a new one")
-    add("--variant", default="concat-add", help="fusion, such as average-average")
+    options.predict_options(command(predict))
+    options.export_options(command(export))
     command(clean, ())("--unused", action="store_true", required=True,
                        help="the stages that no run names")
     command(publish, ())
+    command(slides, ())
+    add = command(kit)
+    add("--all", action="store_true", help="what notebooks from 07 on make, too")
+    add("--to", type=Path, default=Path("build", "class-kit.zip"), metavar="FILE")
     return top
-
-
-def make_plan(words: argparse.Namespace) -> list[plans.Step]:
-    """The plan that the options over a grid ask for; ValueError for what is not allowed."""
-    changes = {}
-    if words.config:
-        try:
-            changes |= tomllib.loads(Path(words.config).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--config {words.config} cannot be read as TOML ({error})") from error
-    changes |= parse_settings(words.set)
-    protocol = {"rows": words.rows, "grouped": words.grouped or None, "limit": words.limit}
-    changes |= {name: value for name, value in protocol.items() if value is not None}
-    return plans.make_plan(words.profile, words.split or list(SPLITS), words.seed or [0], changes)
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -183,7 +151,7 @@ def status(words: argparse.Namespace) -> None:
 
 
 def settings(words: argparse.Namespace) -> None:
-    """Print every setting with its default in both profiles, its unit and its source."""
+    """Print every setting with its default in each profile, its unit and its source."""
     from engine.settings import about
 
     table = Table("setting", *PROFILES, "unit", "what it is", "source")
@@ -197,6 +165,10 @@ def settings(words: argparse.Namespace) -> None:
 def doctor(words: argparse.Namespace) -> int:
     """Say whether all that a run needs is there: catalogue, pictures, machine, weights."""
     plan = make_plan(words)
+    if words.encoders:
+        from commands.encoders import print_encoders
+
+        return int(not print_encoders(console))
     from commands.doctor import check_up, print_checks
 
     checks = check_up(plan[0].run, words.all_pictures)
@@ -230,6 +202,16 @@ def stage(words: argparse.Namespace) -> None:
                 h.stage(run, name)
 
     make()
+
+
+def import_(words: argparse.Namespace) -> None:
+    """Write a catalogue of one's own, from one table, in the layout that the study reads."""
+    from commands.importing import Columns, import_catalogue, print_import
+
+    columns = Columns(words.title, words.label, words.description, words.image)
+    counts = import_catalogue(words.table, words.to, columns, words.images, words.encoding,
+                              words.blank)
+    print_import(console, words.to, counts)
 
 
 def submit(words: argparse.Namespace) -> None:
@@ -273,6 +255,23 @@ def publish(words: argparse.Namespace) -> None:
     from commands.report import publish
 
     publish()
+
+
+def slides(words: argparse.Namespace) -> None:
+    """Write slides of the committed notebooks, which need no network."""
+    from commands.slides import write_slides
+
+    console.print(f"Slides: {write_slides()}", highlight=False, soft_wrap=True)
+
+
+def kit(words: argparse.Namespace) -> None:
+    """Pack what a class needs to begin with notebook 07; of split 90-10 unless others are named."""
+    words.split = words.split or [plans.DEFAULTS["SPLIT"]]
+    plan = make_plan(words)
+    from commands.kit import write_kit
+
+    path = write_kit(plan, words.all, words.to)
+    console.print(f"Class kit: {path}", highlight=False, soft_wrap=True)
 
 
 def main(words: list[str] | None = None) -> int:

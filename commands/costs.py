@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, CamembertConfig, FlaubertConfig, PreTrainedConfig
 
 import helpers as h
+from commands.encoders import listed_config
 from engine.picture_cache import cache_bytes
 from engine.rows import usable_products
 from engine.runs import Run
@@ -49,7 +50,7 @@ def flops(model: Callable, *rows: torch.Tensor, **inputs: torch.Tensor) -> int:
     return counter.get_total_flops()
 
 
-# The paper's two checkpoints; used where the hub's files are not at hand.
+# The paper's two checkpoints; used where nothing else says what a checkpoint is.
 BASE_CONFIGS = {
     "camembert": CamembertConfig(
         vocab_size=32_005, max_position_embeddings=514, type_vocab_size=1),
@@ -57,7 +58,7 @@ BASE_CONFIGS = {
 
 
 def text_config(profile: Profile, encoder: str) -> PreTrainedConfig | None:
-    """A small encoder's configuration, or a checkpoint's; None if it does not lie here."""
+    """A small encoder's configuration, or a checkpoint's; None if it is not known here."""
     source = getattr(profile, encoder)
     if source == "small":
         return type(BASE_CONFIGS[encoder])(
@@ -68,7 +69,7 @@ def text_config(profile: Profile, encoder: str) -> PreTrainedConfig | None:
         return AutoConfig.from_pretrained(checkpoint_place(source), local_files_only=True,
                                           trust_remote_code=False)
     except (OSError, ValueError):
-        return None
+        return listed_config(source)
 
 
 @cache
@@ -91,7 +92,7 @@ def text_network(profile: Profile, encoder: str, tokens: int) -> Network:
 def image_networks(profile: Profile) -> tuple[Network, Network]:
     """The image encoder on one whole picture, and on all regions of one picture."""
     with torch.device("meta"):
-        encoder = h.ImageEncoder(profile.seresnext).to("meta").eval()
+        encoder = h.ImageEncoder(profile.seresnext, size=profile.image_size).to("meta").eval()
         picture = partial(torch.empty, 1, 3)
         forward = flops(encoder, picture(profile.image_size, profile.image_size))
         network = Network(h.count_parameters(encoder), encoder.width, forward)

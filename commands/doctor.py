@@ -41,7 +41,8 @@ from engine.runs import Run, cache_folder, runs_folder
 from engine.settings import SPLITS
 
 # --- the machine and the libraries ----------------------------------------------------------------
-MEMORY_GB = {"sample": 4, "paper": 12}  # paper: an encoder in training, the features, the tables
+# An encoder in training, the features, the tables.
+MEMORY_GB = {"sample": 4, "paper": 12, "modern": 12}
 
 
 def check_disk(run: Run) -> list[Check]:

@@ -64,7 +64,9 @@ def check_catalogue(run: Run) -> list[Check]:
         found = f"{len(rows):,} are set aside: {catalogue.told_rows(rows)}"
         checks += [Check("bad rows", "warning", found, "`set_aside.csv` of stage splits has all")]
     held_out = h.held_out_share(run.profile)
-    wrong = fault(lambda: h.make_split(chosen_labels(run), run.split, run.seed, held_out=held_out))
+    known = catalogue.load_classes(run)["prdtypecode"]
+    wrong = fault(lambda: h.make_split(chosen_labels(run), run.split, run.seed, held_out=held_out,
+                                       codes=known))
     checks += [judge("rows", f"the {run.protocol} rows can be split {run.split}", wrong,
                      "choose other rows, or get the tables again")]
     codes = usable_products(run)["prdtypecode"].drop_duplicates().sort_values()
@@ -89,13 +91,14 @@ def check_counts(run: Run) -> list[Check]:
     """The tables beside what the public ones hold."""
     if chosen_rows(run).empty:
         return []
-    folder, public = catalogue.catalogue_folder(run), run.profile.data == PROFILES["paper"].data
-    checks = check_rows(usable_products(run), public)
+    folder = catalogue.catalogue_folder(run)
+    public = run.profile.data == PROFILES["paper"].data and not run.own_catalogue
+    checks = check_rows(usable_products(run), catalogue.load_classes(run), public)
     return [*checks, check_unlabelled(folder)] if public else checks
 
 
-def check_rows(products: pd.DataFrame, public: bool) -> list[Check]:
-    """Row counts, for Rakuten's files beside the public ones, and the 27 codes."""
+def check_rows(products: pd.DataFrame, classes: pd.DataFrame, public: bool) -> list[Check]:
+    """Row counts, for Rakuten's files beside the public ones, and the codes of the class table."""
     rows, texts = len(products), products["description"]
     filled, described = int((texts != "").sum()), int(texts.map(h.has_words).sum())
     tables, told = f"{rows:,} labelled rows", f"{filled:,} not missing, {described:,} with words"
@@ -104,11 +107,11 @@ def check_rows(products: pd.DataFrame, public: bool) -> list[Check]:
         told += (f" (public: {NOT_MISSING:,}; data/rakuten_classes.csv sums to {NOT_BLANK:,}; "
                  "which rows the difference is, is an open question)")
     other_texts = public and filled != NOT_MISSING and described != NOT_BLANK
-    absent = absent_codes(catalogue.load_classes()["prdtypecode"], products)
-    lacks = f"{27 - len(absent)} of 27; without a row: {', '.join(absent)}" if absent else ""
+    absent, known = absent_codes(classes["prdtypecode"], products), len(classes)
+    lacks = f"{known - len(absent)} of {known}; without a row: {', '.join(absent)}"
     return [judge("tables", tables, tables * (public and rows != LABELLED), SUBSET, "warning"),
             judge("descriptions", told, told * other_texts, SUBSET, "warning"),
-            judge("codes", "all 27", lacks, SUBSET, "warning")]
+            judge("codes", f"all {known}", lacks * bool(absent), SUBSET, "warning")]
 
 
 def check_unlabelled(folder: Path) -> Check:

@@ -102,7 +102,15 @@ def cached(repository: str, file: str) -> Path | None:
 
 
 def why_unfit(folder: Path, max_length: int) -> str:
-    """What is wrong with a checkpoint's folder; "" if it is whole and reads `max_length` tokens."""
+    """What is wrong with a checkpoint's folder; "" if it is whole and reads `max_length` tokens.
+    A folder that has not changed is loaded once.
+    """
+    about = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir()]
+    return _why_unfit(folder, max_length, tuple(sorted(about)))
+
+
+@cache
+def _why_unfit(folder: Path, max_length: int, about: tuple) -> str:
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         return f"folder {folder} lacks weights ({' or '.join(WEIGHT_FILES[:2])})"
     try:

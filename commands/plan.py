@@ -18,7 +18,8 @@ NOTEBOOKS = ["01_data_exploration", "02_text_preprocessing", "03_finetune_camemb
              "04_finetune_flaubert", "05_finetune_seresnext", "06_regional_features",
              "07_hierarchical_fusion", "08_result_tables", "09_analysis",
              "10_paper_and_code", "11_classify_a_product", "12_defects_of_real_code"]
-COMPARE = NOTEBOOKS[7:10]  # these compare the splits; each other notebook reads its own run alone
+LAST_OF_SPLIT = NOTEBOOKS.index("07_hierarchical_fusion")  # what follows compares the splits
+LAST_TO_COMPARE = NOTEBOOKS.index("10_paper_and_code")  # and what follows that reads its own
 DEFAULTS = {"PROFILE": "sample", "SPLIT": "90-10", "SEED": 0, "SETTINGS": {}}  # of every notebook
 
 
@@ -51,23 +52,23 @@ class Step:
 
     @property
     def runs(self) -> list[Run]:
-        """The runs whose stages this notebook may read: all splits, once they are compared."""
-        if self.notebook not in COMPARE:
-            return [self.run]
-        return [Run(self.run.profile, split, self.run.seed) for split in SPLITS]
+        """The runs whose stages this notebook may read: all splits, where they are compared."""
+        if LAST_OF_SPLIT < NOTEBOOKS.index(self.notebook) <= LAST_TO_COMPARE:
+            return [Run(self.run.profile, split, self.run.seed) for split in SPLITS]
+        return [self.run]
 
     def __str__(self) -> str:
         return f"{self.notebook}  {self.run.split}  seed {self.run.seed}"
 
 
 def make_plan(profile: str, splits: list[str], seeds: list[int], changes: dict) -> list[Step]:
-    """All steps in order: the notebooks of each split and seed, then those that compare splits, and
-    what follows them.
+    """All steps in order: the notebooks of each split and seed, then those that compare splits and
+    what follows these.
     """
     runs = [open_run(profile, split, seed, changes) for seed in seeds for split in splits]
-    first = NOTEBOOKS.index(COMPARE[0])
-    steps = [Step(name, run) for run in runs for name in NOTEBOOKS[:first]]
-    return steps + [Step(name, run) for run in runs for name in NOTEBOOKS[first:]]
+    each, after = NOTEBOOKS[:LAST_OF_SPLIT + 1], NOTEBOOKS[LAST_OF_SPLIT + 1:]
+    steps = [Step(name, run) for run in runs for name in each]
+    return steps + [Step(name, run) for run in runs for name in after]
 
 
 def runs_of(plan: list[Step]) -> list[Run]:
@@ -193,12 +194,12 @@ def step_key(step: Step) -> str:
 @functools.cache
 def catalogue_hash(run: Run) -> str:
     """The hash of what notebooks read of the catalogue themselves; once for a command."""
-    from engine.catalogue import CLASSES, LAYOUTS, PUBLISHED, catalogue_folder, find_layout
+    from engine.catalogue import LAYOUTS, PUBLISHED, catalogue_folder, classes_file, find_layout
     from engine.rows import pictures_digest
 
     folder = catalogue_folder(run)
     layout = LAYOUTS[find_layout(folder)]
-    files = [folder / layout["x"], folder / layout["y"], CLASSES, PUBLISHED]
+    files = [folder / layout["x"], folder / layout["y"], classes_file(folder), PUBLISHED]
     return hash_json([*map(hash_file, files), pictures_digest(run)])
 
 

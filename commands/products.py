@@ -9,6 +9,7 @@ import jinja2
 import helpers as h
 from commands.plan import Step, runs_of
 from engine import settings
+from engine.catalogue import load_classes
 from engine.exports import parts_of_run, refuse_export, write_export
 from engine.files import write_text
 from engine.products import read_product_file
@@ -71,6 +72,7 @@ def card_of(run: Run, variant: h.Variant) -> str:
                if name not in ("data", "fusions")]
     return jinja2.Template(template, keep_trailing_newline=True).render(
         name=h.display_name(variant.name), variant=variant.name, run=run,
+        classes=len(load_classes(run)),
         scores=scores_of(run, variant), changed=", ".join(changed),
         symbols=", ".join(variant.symbols))
 

@@ -60,6 +60,21 @@ def read_seeds(plan: list[Step]) -> list[tuple[str, pd.DataFrame]]:
     return tables
 
 
+def read_own(plan: list[Step]) -> list[tuple[str, pd.DataFrame]]:
+    """(title, table) of a run's own fusions beside the tables', for each run that is scored."""
+    tables = []
+    for run in runs_of(plan):
+        own = [variant.name for variant in h.own_variants(run)]
+        if own and is_made(run, "scores"):
+            scores = pd.read_csv(h.read_stage(run, "scores") / "scores.csv")
+            chosen = scores[scores["model"].isin([*h.TABLE_FUSIONS, *own])]
+            data = "the synthetic sample" if run.synthetic else "Rakuten France"
+            title = (f"Own fusions beside the paper's, split {run.split}, seed {run.seed}, {data}: "
+                     "percent, 95% bootstrap intervals, test part")
+            tables.append((title, h.score_table(chosen.to_dict("records"))))
+    return tables
+
+
 EFFECT = ["n", "effect", "low", "high", "p_holm"]
 ABOUT_CLAIMS = ("Effect on macro-F1 of the test part, in points, with its 95% interval over "
                 "products and fusion seeds (split and encoders are this run's); p corrected for "
@@ -76,6 +91,8 @@ def print_tables(plan: list[Step], console: Console) -> None:
             continue
         shown, ahead = h.readable_table(table, run), row_ahead(table, run)
         print_table(f"{title}. {h.data_note(run)}", shown, console, ahead)
+    for title, table in read_own(plan):
+        print_table(title, table, console)
     for title, table in read_seeds(plan):
         print_table(f"{title}. Percent, test part.", table, console)
 
@@ -110,7 +127,8 @@ def _without_traces(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     book.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     for cell in book.cells:
-        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        cell.metadata = {key: cell.metadata[key] for key in ("tags", "slideshow")
+                         if cell.metadata.get(key)}
         if cell.cell_type == "code":  # a finished progress line is an empty output
             cell.outputs = [output for output in cell.outputs
                             if output.get("data", {}).get("text/markdown") != ""]

@@ -15,7 +15,7 @@ import pandas as pd
 
 import helpers as h
 from commands.plan import Step, runs_of, state
-from commands.report import ABOUT_CLAIMS, read_claims, read_seeds, read_tables
+from commands.report import ABOUT_CLAIMS, read_claims, read_own, read_seeds, read_tables
 from engine import settings
 from engine.files import read_json, temporary_folder, write_text
 from engine.keys import folder_of, manifest_of
@@ -79,8 +79,9 @@ def write_sources(plan: list[Step], source: Path) -> None:
     write_index(plan, runs, source)
     write_facts(plan, source)
     first = next((pages[0].rpartition("/")[0] for _, pages in runs), "")
-    for name, text in (("about", settings.ROOT / "README.md"),
-                       ("data", settings.ROOT / "data" / "README.md")):
+    pages = {"about": settings.ROOT / "README.md", "data": settings.ROOT / "data" / "README.md",
+             **{page.stem: page for page in DOCS.glob("*.md")}}
+    for name, text in pages.items():
         write_text(source / f"{name}.md", site_links(text.read_text(encoding="utf-8"), first))
     shutil.copytree(settings.ROOT / "figures", source / "figures")
     for name in ("LICENSE", "CITATION.cff"):
@@ -94,8 +95,9 @@ def folder_name(run: Run) -> str:
 
 def site_links(text: str, notebooks: str) -> str:
     """Links of the repository as links of the site; `notebooks` is the folder of one run."""
+    text = text.replace("](../", "](")  # as a page in docs/ or data/ says it
     text = re.sub(r"\]\(notebooks/(\w+)\.ipynb\)", rf"]({notebooks}/\1.ipynb)", text)
-    for here, there in (("data/README.md", "data.md"), ("../README.md", "about.md"), ("docs/", "")):
+    for here, there in (("data/README.md", "data.md"), ("README.md", "about.md"), ("docs/", "")):
         text = text.replace(f"]({here}", f"]({there}")
     return text
 
@@ -107,6 +109,7 @@ def prepare(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for cell, caption in zip(book.cells, captions_of(book)):
         if cell.cell_type == "markdown":
             cell.source = cell.source.replace("](../README.md)", "](../about.md)")
+            cell.source = cell.source.replace("](../docs/", "](../")
         elif cell.source.startswith("h.caption("):
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), "remove-input"]
         if caption:
@@ -158,7 +161,7 @@ def write_index(plan: list[Step], runs: list[tuple[str, list[str]]], source: Pat
     claims = [(title, to_html(table, classes="claims")) for title, table in read_claims(plan)]
     tables = [(title, "" if table is None else h.style_table(table, its_run).to_html())
               for title, its_run, table in read_tables(plan)]
-    tables += [(title, to_html(table)) for title, table in read_seeds(plan)]
+    tables += [(title, to_html(table)) for title, table in [*read_own(plan), *read_seeds(plan)]]
     recommended = [(each, h.read_manifest(each, "claims")["metrics"]["recommended"])
                    for each in runs_of(plan) if is_made(each, "claims")]
     title = ", ".join(["Hierarchical fusion", f"profile {run.profile.name}",

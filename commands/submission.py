@@ -11,7 +11,6 @@ from engine.catalogue import (
     catalogue_folder,
     check_pictures,
     find_layout,
-    load_classes,
     load_test_products,
     test_table,
 )
@@ -27,8 +26,9 @@ def write_submission(run: Run, variant: str) -> Path:
     folder = catalogue_folder(run)
     layout, products = LAYOUTS[find_layout(folder)], load_test_products(folder)
     check_pictures(products, "unpack those of the unlabelled products there")
-    labels = h.load_classifier(run, variant).probabilities(products).argmax(-1).numpy()
-    codes = load_classes()["prdtypecode"].to_numpy()[labels]
+    classifier = h.load_classifier(run, variant)
+    labels = classifier.probabilities(products).argmax(-1).numpy()
+    codes = classifier.classes["prdtypecode"].to_numpy()[labels]
     table = pd.DataFrame({layout["label"]: codes}, index=products.index)
     name = Path(test_table(folder))
     path = run.folder / "submissions" / variant

@@ -13,7 +13,7 @@ import pandas as pd
 from engine import settings
 from engine.files import file_stats, hash_file, lock_of, make_folder, read_json
 from engine.fingerprint import content
-from engine.runs import Run, cache_folder, from_root
+from engine.runs import Run, cache_folder
 from engine.settings import FIELDS
 from engine.tables import WHOLE, read_table
 from engine.texts import strip_html
@@ -38,21 +38,23 @@ LAYOUTS = {
                                         "images")}},
 }
 CLASSES = settings.ROOT / "data" / "rakuten_classes.csv"
+OWN_CLASSES = "classes.csv"  # beside the tables of a catalogue that is not Rakuten's
 PUBLISHED = settings.ROOT / "data" / "published_results.csv"
 RELEASED = settings.ROOT / "data" / "released_code.csv"
 
 
-@content(lambda run: hash_file(CLASSES))
-def load_classes() -> pd.DataFrame:
-    """The 27 classes: label_id, prdtypecode, domain, name_fr, name_en, train_rows, and
-    rows_with_description.
+def classes_file(folder: Path) -> Path:
+    """The class table of the catalogue in `folder`: its own classes.csv, or Rakuten's."""
+    own = folder / OWN_CLASSES
+    return own if own.exists() else CLASSES
+
+
+@content(lambda run: hash_file(classes_file(catalogue_folder(run))))
+def load_classes(run: Run) -> pd.DataFrame:
+    """The classes of the run's catalogue: label_id, prdtypecode, domain, name_fr, name_en, and how
+    many rows each has in the whole table, train_rows, of these rows_with_description.
     """
-    return pd.read_csv(CLASSES)
-
-
-def code_of(label: int) -> int:
-    """Rakuten's product type code of a label id."""
-    return int(load_classes()["prdtypecode"][label])
+    return pd.read_csv(classes_file(catalogue_folder(run)))
 
 
 @content(lambda run: hash_file(PUBLISHED))
@@ -68,6 +70,11 @@ def load_released() -> pd.DataFrame:
     return pd.read_csv(RELEASED)
 
 
+def load_text_lengths() -> pd.DataFrame:
+    """How long some real product texts are in tokens, as data/README.md says they were measured."""
+    return pd.read_csv(RELEASED.with_name("real_text_lengths.csv"), index_col="texts")
+
+
 # --- where it lies --------------------------------------------------------------------------------
 def catalogue_folder(run: Run) -> Path:
     """Where the run's catalogue lies; makes the sample if it is missing or of other sources.
@@ -77,9 +84,8 @@ def catalogue_folder(run: Run) -> Path:
     """
     if run.synthetic:
         return _current_sample(cache_folder().with_name("sample"))
-    folder = from_root(os.environ.get("RAKUTEN_DATA") or run.profile.data)
-    find_layout(folder)
-    return folder
+    find_layout(run.data_folder)
+    return run.data_folder
 
 
 def sample_generator() -> ModuleType:
@@ -127,7 +133,7 @@ def load_catalogue(folder: Path) -> pd.DataFrame:
     """The labelled products of a folder in ENS or SIGIR layout, in file order.
 
     Columns: product_id, image_id (int64), title, description (str, "" if missing), prdtypecode,
-    label_id (0 to 26, the order of data/rakuten_classes.csv), picture (path). ValueError for a
+    label_id (from 0, the order of the class table), picture (path). ValueError for a
     file, a column or a row that does not fit. Shown in 01.
     """
     products, bad = read_catalogue(folder)
@@ -145,8 +151,11 @@ def read_catalogue(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     refuse_other_rows(folder, x, y)
     codes = y[layout["label"]].loc[x.index]
     x["prdtypecode"] = pd.to_numeric(codes, errors="coerce")
-    x["label_id"] = x["prdtypecode"].map(load_classes().set_index("prdtypecode")["label_id"])
-    unknown = "the product type code {!r} is none of the 27 of data/rakuten_classes.csv"
+    table = classes_file(folder)
+    classes = pd.read_csv(table)
+    x["label_id"] = x["prdtypecode"].map(classes.set_index("prdtypecode")["label_id"])
+    place = "data/rakuten_classes.csv" if table == CLASSES else OWN_CLASSES
+    unknown = f"the product type code {{!r}} is none of the {len(classes)} of {place}"
     x["why"] = first_fault([(x["why"] != "", "{}", x["why"]),
                             (x["title"].map(strip_html) == "", "its title is empty", codes),
                             (x["label_id"].isna(), unknown, codes)])

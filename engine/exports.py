@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from engine.catalogue import CLASSES
+from engine.catalogue import load_classes
 from engine.files import damaged_file, full_disk_explained, read_json, seal, write_json, write_text
 from engine.fusions import fusion_of
 from engine.runs import Run
@@ -54,7 +54,7 @@ def parts_of_run(run: Run, variant: Variant) -> Parts:
     if level and is_made(run, f"fusion-{level.name}"):
         names.append(f"fusion-{level.name}")
     folders = {name: read_stage(run, name) for name in names}
-    return Parts(run, variant, folders, pd.read_csv(CLASSES))
+    return Parts(run, variant, folders, load_classes(run))
 
 
 def parts_of_folder(folder: Path, variant: str | None = None) -> Parts:
@@ -125,6 +125,6 @@ def about_parts(parts: Parts) -> dict:
     run, usual = parts.run, PROFILES[parts.run.profile.name]
     values = {name: getattr(usual if name in PLACES else run.profile, name)
               for name in setting_names()}
-    return {"variant": parts.variant.name, "fusion seed": 0, "run": run.name,
-            "profile": run.profile.name, "split": run.split, "seed": run.seed, "settings": values,
+    return {"variant": parts.variant.name, "fusion seed": 0, "profile": run.profile.name,
+            "split": run.split, "seed": run.seed, "settings": values,
             "versions": read_manifest(run, f"fusion-{parts.variant.name}")["versions"]}

@@ -3,11 +3,12 @@
 A Z takes any number of representations [N, d]. One that learns is a module, made as Z(d, n) for n
 representations of width d. Write another in a notebook, and it is a fusion like these:
 
-    @h.fusion(r"\\sqrt{x_1 x_2}")
+    @h.fusion(r"\\sqrt{|x_1 x_2|}")
     def geometric(*x):
-        return math.prod(x).abs().sqrt()
+        return torch.stack(x).abs().add(1e-6).log().mean(0).exp()
 
-In a file that the setting `fusions` names, it is known to all notebooks and to `run.py` too.
+In a file that the setting `fusions` names, it is known to all notebooks and to `run.py` too:
+docs/own_fusion.md.
 """
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def head_probabilities(folder: Path, features: Tensor) -> Tensor:
 
 
 def load_head(folder: Path) -> nn.Linear:
-    """An encoder's own linear head, width to 27 classes."""
+    """An encoder's own linear head, from its width to the classes."""
     weights = load_file(folder / "head.safetensors")
     head = nn.Linear(weights["weight"].shape[1], len(weights["weight"]))
     head.load_state_dict(weights)

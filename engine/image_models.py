@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from engine.files import hash_source, one_line
 from engine.fingerprint import content
@@ -61,8 +62,9 @@ def se_resnext50() -> SENet:
                  inplanes=64, input_3x3=False, downsample_kernel_size=1, downsample_padding=0)
 
 
-def make_network(name: str) -> tuple[nn.Module, PictureFormat]:
-    """(network with random weights and without its classification layer, what it expects).
+def make_network(name: str, size: int = 224) -> tuple[nn.Module, PictureFormat]:
+    """(network with random weights and without its classification layer, what it expects); of a
+    transformer one for pictures of `size` pixels a side.
 
     ValueError with close names for one that is not known.
     """
@@ -71,10 +73,33 @@ def make_network(name: str) -> tuple[nn.Module, PictureFormat]:
         network.avg_pool = nn.AdaptiveAvgPool2d(1)  # of 7 x 7 cells: made for one picture size
         network.last_linear = nn.Identity()
         return network, PictureFormat(width=512 if name == "small" else 2048)
-    network = timm.create_model(timm_name(name), num_classes=0)
+    network = create_timm(name, size)
     data = timm.data.resolve_model_data_config(network)
     width = network.head_hidden_size
     return network, PictureFormat(data["mean"], data["std"], data["input_size"][-1], width)
+
+
+def create_timm(name: str, size: int, **more: object) -> nn.Module:
+    """A network of timm without its classification layer; of a transformer one whose positions are
+    made for `size` pixels a side, its weights' own resized where it has them.
+    """
+    model = timm_name(name)
+    try:
+        return timm.create_model(model, num_classes=0, img_size=size, **more)
+    except TypeError:  # a convolutional network takes pictures of any size
+        return timm.create_model(model, num_classes=0, **more)
+
+
+# Vision models of the hub that transformers would load, and the same networks in timm.
+IN_TIMM = {
+    "facebook/convnext-base-224": "convnext_base.fb_in1k",
+    "facebook/dinov2-base": "vit_base_patch14_dinov2.lvd142m",
+    "facebook/dinov3-vitb16-pretrain-lvd1689m": "vit_base_patch16_dinov3.lvd1689m",
+    "google/siglip2-base-patch16-256": "vit_base_patch16_siglip_256.v2_webli",
+    "google/vit-base-patch16-224": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
+    "microsoft/swinv2-base-patch4-window8-256": "swinv2_base_window8_256.ms_in1k",
+    "openai/clip-vit-base-patch32": "vit_base_patch32_clip_224.openai",
+}
 
 
 def timm_name(name: str) -> str:
@@ -82,6 +107,9 @@ def timm_name(name: str) -> str:
     library, _, model = name.rpartition("/")
     if library == "timm" and (timm.is_model(model) or model in timm.list_pretrained()):
         return model
+    if name in IN_TIMM:
+        raise ValueError(f"image encoder {name!r} is transformers' name; the same network is "
+                         f"seresnext=timm/{IN_TIMM[name]}")
     known = [PAPER_NETWORK, "small", *(f"timm/{other}" for other in timm.list_models())]
     close = difflib.get_close_matches(name, known, n=5)
     examples = f"examples: {PAPER_NETWORK}, timm/convnext_tiny"
@@ -97,7 +125,7 @@ def check_network(profile: Profile) -> None:
     """
     name, side = profile.seresnext, profile.image_size
     with torch.device("meta"):
-        network, expects = make_network(name)
+        network, expects = make_network(name, side)
     network = network.to("meta").eval()
     if why := refusal(network, expects.width, side):
         raise ValueError(f"{name} cannot take pictures of {side} x {side} pixels ({why}); set "
@@ -120,6 +148,29 @@ def refusal(network: nn.Module, width: int, side: int) -> str:
     if shape != [2, width]:
         return f"a picture gives {shape[1:]} numbers instead of {width}"
     return ""
+
+
+# --- pictures -------------------------------------------------------------------------------------
+def augmentation(size: int) -> v2.Transform:
+    """Random rotation, flip and crop of training pictures (paper, section IV.A); uint8 to uint8.
+
+    Shown in 05.
+    """
+    return v2.Compose([
+        v2.ToPILImage(),  # Pillow rotates several times as fast as tensors do on a CPU
+        v2.RandomRotation(15, interpolation=v2.InterpolationMode.BILINEAR),
+        v2.RandomHorizontalFlip(),
+        v2.RandomResizedCrop(size, scale=(0.8, 1.0)),
+        v2.PILToTensor()])
+
+
+def normalise(pictures: Tensor, mean: Sequence[float] | Tensor,
+              std: Sequence[float] | Tensor) -> Tensor:
+    """Bytes [..., 3, H, W] to float32: as 0 to 1, minus `mean`, by `std` of each channel (paper,
+    section IV.A). Shown in 05.
+    """
+    mean, std = (torch.as_tensor(x, device=pictures.device).view(3, 1, 1) for x in (mean, std))
+    return (pictures.float() / 255 - mean) / std
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -147,8 +198,8 @@ def hub_repository(name: str) -> str:
     return config.hf_hub_id
 
 
-def load_weights(network: nn.Module, name: str, weights: str) -> str:
-    """Give a network its weights, strictly; where they come from.
+def load_weights(network: nn.Module, name: str, weights: str, size: int = 224) -> str:
+    """Give a network for pictures of `size` pixels its weights, strictly; where they come from.
 
     "imagenet": from the model hub or its cache here. ValueError says what was wrong and how to
     bring the file by hand.
@@ -158,7 +209,7 @@ def load_weights(network: nn.Module, name: str, weights: str) -> str:
     file = weight_file(weights)
     source = f"file {weights}" if file else f"model hub {hub_repository(name)}"
     try:
-        tensors = read_weights(file) if file else download_weights(name)
+        tensors = read_weights(file) if file else download_weights(name, size)
     except Exception as error:  # of a network, a cache, a file: each has its own
         raise ValueError(
             f"no usable weights for {name} ({source}: {one_line(error)}); bring the file by hand "
@@ -168,11 +219,11 @@ def load_weights(network: nn.Module, name: str, weights: str) -> str:
     return source
 
 
-def download_weights(name: str) -> dict[str, Tensor]:
+def download_weights(name: str, size: int) -> dict[str, Tensor]:
     """A network's ImageNet weights from the model hub, or from the hub's cache on this machine."""
     if name == PAPER_NETWORK:
         return load_file(hf_hub_download(PAPER_WEIGHTS, "model.safetensors"))
-    return timm.create_model(timm_name(name), pretrained=True, num_classes=0).state_dict()
+    return create_timm(name, size, pretrained=True).state_dict()
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -50,6 +50,8 @@ def readable_table(table: pd.DataFrame, run: Run) -> pd.DataFrame:
         if ran != getattr(PROFILES["paper"], slot):
             ran = Path(ran).name if from_root(ran).is_dir() else ran
             ours["model"] = ours["model"].str.replace(word, f"{word} ({ran})", regex=False)
+    if run.own_catalogue:
+        return ours
     why = run.unlike_the_paper
     heading = f"paper ({', '.join(why)})" if why else "paper"
     for metric in ("accuracy", "macro_f1"):
@@ -87,7 +89,7 @@ def style_table(table: pd.DataFrame, run: Run) -> Styler:
     name = "-".join([run.split, str(run.seed), *table["model"].str[0]])
     styled = shown.style.hide(axis="index").set_uuid(name)
     styled = styled.set_properties(["model"], **{"text-align": "left"})
-    if run.unlike_the_paper:
+    if run.unlike_the_paper and not run.own_catalogue:
         styled = styled.set_properties(shown.columns[-2:], color=GREY)
     return styled if ahead is None else styled.set_properties(
         pd.IndexSlice[ahead, :], **{"font-weight": "bold"})
@@ -114,7 +116,10 @@ def rows_note(run: Run) -> str:
 
 def data_note(run: Run) -> str:
     """Which data the numbers belong to, for titles and reports."""
-    rakuten = f"ours: Rakuten France, {run.protocol} rows"
-    sample = "ours: the synthetic sample, another data set than the paper's"
-    ours = sample if run.synthetic else rakuten
-    return f"Percent, 95% bootstrap intervals, test part; {ours}; paper: as published."
+    about = "Percent, 95% bootstrap intervals, test part; ours:"
+    if run.own_catalogue:
+        return (f"{about} the {run.data_name}, {run.protocol} rows; the paper's figures are left "
+                "out, because they belong to other products.")
+    rakuten = f"Rakuten France, {run.protocol} rows"
+    sample = "the synthetic sample, another data set than the paper's"
+    return f"{about} {sample if run.synthetic else rakuten}; paper: as published."

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from engine.catalogue import (
-    CLASSES,
     LAYOUTS,
     catalogue_folder,
+    classes_file,
     find_layout,
     read_catalogue,
     refuse_bad_rows,
@@ -70,7 +70,7 @@ def _source(run: Run) -> tuple:
     """
     folder = catalogue_folder(run)
     layout = LAYOUTS[find_layout(folder)]
-    tables = [folder / layout["x"], folder / layout["y"], CLASSES]
+    tables = [folder / layout["x"], folder / layout["y"], classes_file(folder)]
     state = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in tables)
     if run.profile.bad_rows == "stop":
         return folder, state, "stop", ()

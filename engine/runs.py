@@ -83,7 +83,7 @@ class Run:
         def other(*names: str) -> bool:
             return any(profile[name] != paper[name] for name in names)
 
-        reasons = {"other data": self.synthetic,
+        reasons = {"other data": self.synthetic or self.own_catalogue,
                    "other encoders": other(*SLOTS.values(), "freeze_encoders", "image_weights"),
                    "other texts": other("texts", "clean"),
                    "other rows": other("rows", "grouped", "limit", "bad_rows", "fusion_rows")}
@@ -125,6 +125,26 @@ class Run:
     def synthetic(self) -> bool:
         """Whether its products are the sample's, which are invented."""
         return self.profile.data == PROFILES["sample"].data
+
+    @property
+    def data_folder(self) -> Path:
+        """Where its catalogue lies, if it is not the sample: RAKUTEN_DATA replaces `data/raw`."""
+        data = self.profile.data
+        if data == PROFILES["paper"].data:
+            data = os.environ.get("RAKUTEN_DATA") or data
+        return from_root(data)
+
+    @property
+    def own_catalogue(self) -> bool:
+        """Whether its products are neither Rakuten's nor the sample's: of other classes."""
+        return not self.synthetic and (self.data_folder / "classes.csv").exists()
+
+    @property
+    def data_name(self) -> str:
+        """What titles and captions call its products."""
+        if self.synthetic:
+            return "synthetic sample"
+        return f"catalogue {self.data_folder.name}" if self.own_catalogue else "Rakuten France"
 
     @property
     def options(self) -> list[str]:

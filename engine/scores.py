@@ -45,10 +45,11 @@ def bootstrap(truth: Sequence[int], predicted: Sequence[int], resamples: int,
     corrects such a bias. Above 2,000 rows, where its cost grows with their square and the bias is
     gone, it is the percentile interval. Shown in 08.
     """
-    cells = confusion_cells(truth, predicted)
+    classes = 1 + int(max(np.max(truth), np.max(predicted)))
+    cells = confusion_cells(truth, predicted, classes)
 
     def metrics(rows: np.ndarray) -> np.ndarray:
-        scores = scores_of_cells(cells[rows])
+        scores = scores_of_cells(cells[rows], classes)
         return np.concatenate([scores.mean(0, keepdims=True), scores])
 
     rows = np.arange(len(cells))
@@ -84,21 +85,20 @@ def seed_variance(value: np.ndarray, drawn: np.ndarray) -> float:
     return max(0.0, value.var(ddof=1) - of_rows) / seeds
 
 
-CLASSES = 27
-
-
-def confusion_cells(truth: Sequence[int], predicted: np.ndarray) -> np.ndarray:
-    """The cell of the confusion matrix, true * 27 + predicted, of each row and seed, [N, seeds]."""
+def confusion_cells(truth: Sequence[int], predicted: np.ndarray, classes: int) -> np.ndarray:
+    """The cell of the confusion matrix, true * classes + predicted, of each row and seed, [N,
+    seeds].
+    """
     truth = np.asarray(truth)
-    return truth[:, None] * CLASSES + np.reshape(predicted, (len(truth), -1))
+    return truth[:, None] * classes + np.reshape(predicted, (len(truth), -1))
 
 
-def scores_of_cells(cells: np.ndarray) -> np.ndarray:
+def scores_of_cells(cells: np.ndarray, classes: int) -> np.ndarray:
     """The three metrics of each seed, [seeds, 3], from cells [N, seeds]."""
     seeds = cells.shape[1]
-    places = cells + CLASSES ** 2 * np.arange(seeds)
-    counts = np.bincount(places.ravel(), minlength=seeds * CLASSES ** 2)
-    counts = counts.reshape(seeds, CLASSES, CLASSES)
+    places = cells + classes ** 2 * np.arange(seeds)
+    counts = np.bincount(places.ravel(), minlength=seeds * classes ** 2)
+    counts = counts.reshape(seeds, classes, classes)
     true, hits = counts.sum(2), np.diagonal(counts, axis1=1, axis2=2)
     f1 = 2 * hits / np.maximum(true + counts.sum(1), 1)
     macro = f1.sum(1) / (true > 0).sum(1)  # a class that is not there has an F1 of 0
@@ -163,12 +163,13 @@ def resample(truth: Sequence[int], predicted: dict[str, np.ndarray], metric: str
              resamples: int, seed: int = 0) -> Resamples:
     """`metric` of models whose labels are [N] or [N, seeds], on `resamples` draws of rows."""
     place, rng = METRICS.index(metric), np.random.default_rng(seed)
-    cells = {model: confusion_cells(truth, labels) for model, labels in predicted.items()}
+    classes = 1 + int(max(np.max(truth), *map(np.max, predicted.values())))
     rows = rng.integers(len(truth), size=(resamples, len(truth)))
-    value = {model: scores_of_cells(each)[:, place] for model, each in cells.items()}
-    drawn = {}
-    for model, each in cells.items():
-        drawn[model] = np.array([scores_of_cells(each[draw])[:, place] for draw in rows])
+    value, drawn = {}, {}
+    for model, labels in predicted.items():
+        cells = confusion_cells(truth, labels, classes)
+        value[model] = scores_of_cells(cells, classes)[:, place]
+        drawn[model] = np.array([scores_of_cells(cells[draw], classes)[:, place] for draw in rows])
     return Resamples(len(truth), value, drawn)
 
 

@@ -142,7 +142,8 @@ class Profile:
         "apart", "each text encoder reads its field, or title and description as one text",
         source="paper, section III.A")
     max_length: Tokens = setting(256, "where texts are cut", "tokens", PAPER_4B)
-    pooling: Literal["first", "mean"] = setting("first", "the first token's vector, or the mean")
+    pooling: Literal["first", "mean", "last"] = setting(
+        "first", "a text's vector: its first token's, the mean, or its last token's")
     text_epochs: Count = setting(10, "of fine-tuning on texts", "epochs", PAPER_4B)
     text_batch: Count = setting(32, "a step of fine-tuning on texts", "rows", PAPER_4B)
     text_lr: Rate = setting(2e-5, "AdamW's learning rate", "", PAPER_4B)
@@ -202,6 +203,11 @@ PROFILES = {
         text_width=64, text_layers=2, vocabulary=2000, max_length=96, text_lr=1e-3, image_size=80,
         image_epochs=12, image_lr=3e-3, bootstrap=1000, threads=1, processes=1, as_released=True),
     "paper": Profile(),
+    # Encoders of 2023 to 2025, cased texts, all rows, the features of the whole picture.
+    "modern": Profile(
+        name="modern", rows="all", clean="light", camembert="almanach/moderncamembert-base",
+        flaubert="almanach/camembertav2-base", regions="feature_map",
+        seresnext="timm/convnext_base.fb_in22k_ft_in1k", fusion_seeds=5),
 }
 # Settings that decide how fast a stage is made and in how much memory, not what it contains.
 SPEED_ONLY = ("gradient_checkpointing", "checkpoint_steps", "threads", "deterministic",

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -40,14 +41,10 @@ def load_checkpoint(source: str, max_length: int, gradient_checkpointing: bool =
 
     ValueError if it cannot be had, is not whole, or cannot read `max_length` tokens.
     """
-    try:
-        place = checkpoint_place(source)
-        model, missing, left_over = load_weights(place, here)
-        tokenizer = load_tokenizer(place, model, here)
-    except Exception as error:  # the libraries raise many kinds for what is not whole
-        raise ValueError(
-            f"text checkpoint {source!r} cannot be loaded: it is neither a whole folder here, nor "
-            f"in the hub's cache, nor can it be had from the hub ({one_line(error)})") from error
+    place = checkpoint_place(source)
+    model, missing, left_over = obtain(source, load_weights, place, here)
+    refuse_other_kind(source, model)
+    tokenizer = obtain(source, load_tokenizer, place, model, here)
     refuse_other_weights(source, missing, left_over)
     refuse_unfit(source, model, tokenizer, max_length)
     if getattr(model, "pooler", None) is not None:
@@ -56,6 +53,16 @@ def load_checkpoint(source: str, max_length: int, gradient_checkpointing: bool =
     if gradient_checkpointing and model.supports_gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model, tokenizer
+
+
+def obtain(source: str, load: Callable, *arguments: object) -> object:
+    """What `load` gives; ValueError if this part of a checkpoint cannot be had."""
+    try:
+        return load(*arguments)
+    except Exception as error:  # the libraries raise many kinds for what is not whole
+        raise ValueError(
+            f"text checkpoint {source!r} cannot be loaded: it is neither a whole folder here, nor "
+            f"in the hub's cache, nor can it be had from the hub ({one_line(error)})") from error
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -156,8 +163,8 @@ def ids_of_file(file: str) -> list[list[int]]:
 
 # --- limits ---------------------------------------------------------------------------------------
 def refuse_unfit(source: str, model: nn.Module, tokenizer, max_length: int) -> None:
-    """ValueError if tokenizer and model do not belong together, or are of a kind that gives no
-    vector of a text, or read fewer tokens than `max_length`.
+    """ValueError if tokenizer and model do not belong together, or read fewer tokens than
+    `max_length`.
     """
     tokens = model.config.vocab_size
     if len(tokenizer) < tokens / 2:  # transformers makes an empty one where files are missing
@@ -166,15 +173,26 @@ def refuse_unfit(source: str, model: nn.Module, tokenizer, max_length: int) -> N
     if max(tokenizer.get_vocab().values()) >= tokens:
         raise ValueError(f"text checkpoint {source!r}: the model has {tokens} tokens and its "
                          f"tokenizer {len(tokenizer)}; it is another model's")
-    if tokenizer.pad_token is None or model.config.is_encoder_decoder:
-        no_padding = tokenizer.pad_token is None
-        lacks = "has no padding token" if no_padding else "is an encoder with a decoder"
-        raise ValueError(f"text checkpoint {source!r} {lacks}; take an encoder such as BERT or "
-                         "RoBERTa")
+    if tokenizer.pad_token is None:
+        raise ValueError(f"text checkpoint {source!r} has no padding token, as generative models "
+                         "have none; take an encoder such as BERT or RoBERTa, or an embedding "
+                         "model with a padding token and pooling=last")
     longest = longest_input(model, tokenizer)
     if max_length > longest:
         raise ValueError(f"text checkpoint {source!r} reads at most {longest} tokens; set "
                          f"max_length={longest} or less")
+
+
+def refuse_other_kind(source: str, model: nn.Module) -> None:
+    """ValueError if a model is no encoder of texts alone."""
+    config = model.config
+    if hasattr(config, "vision_config") or not hasattr(config, "vocab_size"):
+        raise ValueError(f"text checkpoint {source!r} ({config.model_type}) reads pictures too, or "
+                         "no texts at all; take a text encoder here, and name the picture's in "
+                         "seresnext=timm/<network>")
+    if config.is_encoder_decoder:
+        raise ValueError(f"text checkpoint {source!r} ({config.model_type}) is an encoder with a "
+                         "decoder; take an encoder such as BERT or RoBERTa")
 
 
 def longest_input(model: nn.Module, tokenizer) -> int:
@@ -195,4 +213,4 @@ def refuse_blind_first_token(source: str, model: nn.Module) -> None:
     states = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
     if torch.allclose(*states[:, 0], atol=1e-6):
         raise ValueError(f"text checkpoint {source!r}: its first token does not see the others, so "
-                         "its vector says nothing about the text; set pooling=mean")
+                         "its vector says nothing about the text; set pooling=last, or mean")

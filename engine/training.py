@@ -173,7 +173,7 @@ class StudyCallback(TrainerCallback):
 def training_arguments(profile: Profile, folder: Path, batch: int, rows: int,
                        **more: object) -> TrainingArguments:
     """The Trainer's settings that text and pictures share: `batch` rows a step, `rows` of them on
-    a device at a time. Shown in 03.
+    a device at a time.
     """
     cuda, dtype = device().type == "cuda", precision(profile)
     arguments = TrainingArguments(

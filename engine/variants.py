@@ -103,6 +103,8 @@ def display_name(model: str) -> str:
     """How tables and figures call a model: "CamemBERT title" for camembert_title, "text concat +
     final add" for concat-add, as the paper does. Other names stay.
     """
+    if " " in model:  # "TF-IDF title" is no fusion called TF and IDF
+        return model
     if model in ENCODER_NAMES:
         return ENCODER_NAMES[model]
     try:

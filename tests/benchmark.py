@@ -2,6 +2,7 @@
 
     python tests/benchmark.py                 all measurements, each in a process of its own
     python tests/benchmark.py html regions    only these; the others' rows in the table stay
+    python tests/benchmark.py --draw          the figure again, from figures/benchmark.csv
 
 Networks have their full size and random weights, which cost the same time as trained ones. Texts
 have the lengths of Rakuten's and not a word of them (full_size.py).
@@ -50,6 +51,7 @@ from engine.settings import make_profile
 from engine.text_models import train_unigram
 from full_size import DESCRIPTION, TITLE, column, write_tables
 
+TABLE = ROOT / "figures" / "benchmark.csv"
 COLUMN, ALL_ROWS = 55_116, 84_916  # rows with a description, which make a full column, and all rows
 ROWS, BATCH, LONGEST = 256, 32, 256
 # Tokens of product texts, log-normal (median, spread), as measured on 2,818 of them with
@@ -432,21 +434,25 @@ def keep(name: str, ratios: list[Ratio]) -> pd.DataFrame:
     """Write figures/benchmark.csv with a measurement's rows and the others', if of this machine;
     return it.
     """
-    path = ROOT / "figures" / "benchmark.csv"
     machine = f"{os.cpu_count()} cores, {platform.machine()}"
     version = torch.__version__.partition("+")[0]
     rows = [dataclasses.asdict(ratio) | {"met": ratio.met} for ratio in ratios]
     table = pd.DataFrame(rows).assign(machine=machine, torch=version)
     table.insert(0, "measurement", name)
-    if path.exists():
-        old = pd.read_csv(path, keep_default_na=False, dtype={"torch": str},
-                          na_values={"seconds": "", "seconds_against": ""})
+    if TABLE.exists():
+        old = read_table()
         same = old["machine"].eq(machine) & old["torch"].eq(version)
         table = pd.concat([table, old[same & (old["measurement"] != name)]])
     order = {name: place for place, name in enumerate(MEASUREMENTS)}
     table = table.sort_values("measurement", key=lambda names: names.map(order), kind="stable")
-    table.to_csv(path, index=False, float_format="%.4g")
+    table.to_csv(TABLE, index=False, float_format="%.4g")
     return table
+
+
+def read_table() -> pd.DataFrame:
+    """figures/benchmark.csv as `keep` has written it."""
+    return pd.read_csv(TABLE, keep_default_na=False, dtype={"torch": str},
+                       na_values={"seconds": "", "seconds_against": ""})
 
 
 def draw(table: pd.DataFrame) -> None:
@@ -454,16 +460,19 @@ def draw(table: pd.DataFrame) -> None:
     bars = table[~table["at_most"] & (table["goal"] >= 1)].iloc[::-1]
     machine = table["machine"].iloc[0]
     names = bars["what"] + "\nagainst " + bars["against"]
-    fig, ax = h.figure(h.PAGE, 0.8 + 0.42 * len(bars))
+    fig, ax = h.figure(h.PAGE, 0.7 + 0.42 * len(bars))
     ax.barh(names, bars["ratio"], color=h.COLOURS["data"], height=0.6)
     ax.plot(bars["goal"], names, "|", color=h.COLOURS["fusion"], ms=14, mew=2, label="goal")
     for place, (ratio, goal) in enumerate(zip(bars["ratio"], bars["goal"])):
         said = f"{ratio:,.0f} x" if ratio >= 100 else f"{ratio:.1f} x"
         ax.annotate(said, (max(ratio, goal), place), xytext=(6, 0), textcoords="offset points",
                     va="center", fontsize=7, color=h.COLOURS["paper"])
-    ax.set(xscale="log", xlim=(1, 4 * bars["ratio"].max()), xlabel=f"times as fast ({machine})")
-    ax.tick_params(axis="y", labelsize=6.5)
-    ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
+    ax.set(xscale="log", xlim=(1, 1.9 * bars[["ratio", "goal"]].max(axis=None)))  # room for a label
+    ax.set_xlabel(f"times as fast, log scale ({machine})", fontsize=8)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.tick_params(axis="y", labelsize=7)
+    ax.tick_params(axis="x", labelsize=7)
+    ax.legend(frameon=False, loc="upper right", fontsize=7)
     fig.savefig(ROOT / "figures" / "benchmark.png", metadata={"Software": None})
     fig.savefig(ROOT / "figures" / "benchmark.svg", metadata={"Date": None})
     plt.close(fig)
@@ -473,10 +482,14 @@ def main(words: list[str]) -> int:
     """Run the named measurements, or all; 1 if a goal was missed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(MEASUREMENTS)}; none: all")
+    parser.add_argument("--draw", action="store_true", help="only draw what is in the table")
     parser.add_argument("--to", type=Path,
                         help="a file for the ratios, as JSON; measured in this process")
     given = parser.parse_args(words)
     chosen = [h.one_of("measurement", name, MEASUREMENTS) for name in given.names]
+    if given.draw:
+        draw(read_table())
+        return 0
     if given.to:
         found = [dataclasses.asdict(ratio) for name in chosen for ratio in MEASUREMENTS[name]()]
         given.to.write_text(json.dumps(found))

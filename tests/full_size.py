@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-import helpers as h
+from engine.catalogue import CLASSES, LAYOUTS
 
 VOCABULARY = 60_000
 TITLE = (11, 0.45, 56)          # words: median, spread of the logarithm, maximum
@@ -26,7 +26,7 @@ def write_tables(folder: Path, rows: int | None = None, seed: int = 0) -> Path:
     """Both tables in ENS layout, 84,916 rows or a draw of `rows` of them; no pictures. Returns
     `folder`.
     """
-    rng, classes = np.random.default_rng(seed), h.load_classes()
+    rng, classes = np.random.default_rng(seed), pd.read_csv(CLASSES)
     codes = np.repeat(classes["prdtypecode"].to_numpy(), classes["train_rows"])
     counts = zip(classes["train_rows"], classes["rows_with_description"])
     described = np.concatenate([np.arange(total) < with_one for total, with_one in counts])
@@ -40,8 +40,8 @@ def write_tables(folder: Path, rows: int | None = None, seed: int = 0) -> Path:
         "productid": rng.permutation(4_000_000)[:len(order)],
         "imageid": rng.permutation(10**7)[:len(order)]})
     folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / h.LAYOUTS["ENS"]["x"])
-    pd.DataFrame({"prdtypecode": codes[order]}).to_csv(folder / h.LAYOUTS["ENS"]["y"])
+    table.to_csv(folder / LAYOUTS["ENS"]["x"])
+    pd.DataFrame({"prdtypecode": codes[order]}).to_csv(folder / LAYOUTS["ENS"]["y"])
     return folder
 
 

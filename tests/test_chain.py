@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pandas as pd
@@ -71,8 +72,10 @@ def command(place: Path, *words: str) -> tuple[list[str], dict]:
     return [sys.executable, str(ROOT / "run.py"), *words], environment
 
 
-def run(place: Path, *words: str) -> subprocess.CompletedProcess:
+def run(place: Path, *words: str, runs: Path | None = None) -> subprocess.CompletedProcess:
+    """Run run.py, with another folder for runs than that of `place` if one is named."""
     words, environment = command(place, *words)
+    environment |= {"STUDY_RUNS": str(runs)} if runs else {}
     return subprocess.run(words, env=environment, cwd=place, capture_output=True, text=True)
 
 
@@ -228,6 +231,16 @@ def test_what_no_run_names_is_deleted_and_nothing_else(studied, place):
     kept = {path.name for path in stages.iterdir() if path.is_dir()}
     assert kept == before - {*unused}
     assert {path.name for path in stage_folders(place).values()} <= kept
+
+
+def test_a_class_kit_unpacked_elsewhere_has_six_notebooks_done(studied, place, tmp_path):
+    kit = run(place, "kit", "--to", str(tmp_path / "kit.zip"))
+    assert kit.returncode == 0, kit.stderr
+    with zipfile.ZipFile(tmp_path / "kit.zip") as archive:
+        archive.extractall(tmp_path)
+    states = run(place, "status", "--split", "90-10", runs=tmp_path / "runs").stdout
+    done = re.findall(r"(\d\d)_\w+ .* (done|missing)", states)
+    assert [state for _, state in done] == ["done"] * 6 + ["missing"] * (len(NOTEBOOKS) - 6)
 
 
 def test_no_connection_was_tried(studied, place):

@@ -110,7 +110,7 @@ def test_no_picture_at_all(classifier, products):
 def test_predictions_keep_the_tables_index(classifier, products):
     table = products.set_axis(list("abcdef"))
     found, p = classifier.predict(table, probabilities=True), classifier.probabilities(table)
-    classes = h.load_classes()
+    classes = classifier.classes
     assert found.index.tolist() == list("abcdef")
     assert found.columns.tolist() == ["code", "name", "probability", "notes",
                                       *classes["prdtypecode"]]
@@ -199,7 +199,7 @@ def test_an_exported_folder_is_whole_and_holds_no_pickle(run, exported):
             list(pickletools.genops(content))
     assert not list(exported.parent.glob("*.partial"))
     card = (exported / "README.md").read_text()
-    assert run.name in card and "not been scored" in card and "terms forbid" in card
+    assert "split 90-10, seed 0" in card and "not been scored" in card and "terms forbid" in card
     assert str(exported.parent) not in card + (exported / "classifier.json").read_text()
 
 

@@ -49,7 +49,7 @@ def test_scores_of_cells_are_scikit_learns_for_each_seed():
     rng = np.random.default_rng(0)
     truth, labels = simulated(rng, 120, {"a": np.array([0.5, 0.7, 0.9])})
     truth, labels = truth[truth < 20], labels["a"][truth < 20]  # others are predicted, never true
-    found = scores_of_cells(confusion_cells(truth, labels))
+    found = scores_of_cells(confusion_cells(truth, labels, CLASSES), CLASSES)
     for seed, scores in zip(labels.T, found, strict=True):
         f1 = [f1_score(truth, seed, average=kind, labels=np.unique(truth))
               for kind in ("macro", "weighted")]

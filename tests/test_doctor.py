@@ -14,6 +14,7 @@ import helpers as h
 import run as study
 from commands import doctor, inputs, networks
 from conftest import isolate, tiny_products
+from engine.catalogue import CLASSES
 from engine.files import write_json
 from engine.image_models import PAPER_WEIGHTS
 from engine.keys import folder_of
@@ -95,18 +96,19 @@ def test_a_whole_fixture_is_found_and_differs_from_the_public_counts(catalogue):
 
 
 def test_public_counts_are_ok():
-    codes = h.load_classes()["prdtypecode"]
-    products = pd.DataFrame({"prdtypecode": np.resize(codes, 84_916), "description": "x"})
+    classes = pd.read_csv(CLASSES)
+    codes = np.resize(classes["prdtypecode"], 84_916)
+    products = pd.DataFrame({"prdtypecode": codes, "description": "x"})
     products.loc[55_116:, "description"] = ""
     products.loc[:90, "description"] = "<br />"  # 91 descriptions are there and say nothing
-    checks = inputs.check_rows(products, public=True)
+    checks = inputs.check_rows(products, classes, public=True)
     assert {check.state for check in checks} == {"ok"}
     assert "55,116 not missing, 55,025 with words" in checks[1].found
-    assert inputs.check_rows(products[1:], public=True)[0].state == "warning"
+    assert inputs.check_rows(products[1:], classes, public=True)[0].state == "warning"
 
 
 def test_the_class_table_holds_the_public_counts():
-    classes = h.load_classes()
+    classes = pd.read_csv(CLASSES)
     assert classes["train_rows"].sum() == inputs.LABELLED
     assert classes["rows_with_description"].sum() == inputs.NOT_BLANK
 

@@ -1,7 +1,9 @@
 """Figures: files, the sample's mark, the confusion's shares, colours by source. Display: what is
 shown, and where it stands.
 """
+import base64
 import inspect
+import io
 
 import matplotlib
 
@@ -17,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 import helpers as h
-from engine.figures import source_colour
+from engine.figures import small_png, source_colour
 from engine.settings import ROOT
 
 
@@ -54,6 +56,18 @@ def test_figure_is_saved_thrice_and_the_sample_says_so(drawn, profile, marked):
 def test_a_figure_that_shows_nothing_of_a_run_has_no_mark(drawn):
     folder, _ = drawn("sample", of_run=False)
     assert "synthetic sample" not in (folder / "line.svg").read_text()
+
+
+def test_a_notebook_holds_a_figure_as_large_as_its_file_in_256_colours():
+    fig, ax = h.figure(h.COLUMN, 2.0)
+    ax.imshow(np.random.default_rng(0).integers(256, size=(32, 32, 3)))
+    picture = Image.open(io.BytesIO(base64.b64decode(small_png(fig))))
+    assert (picture.mode, picture.size) == ("P", (385, 220))  # 3.5 x 2 inches at 110 dpi
+    full = io.BytesIO()
+    fig.savefig(full, format="png", dpi="figure")
+    apart = np.abs(np.asarray(picture.convert("RGB"), float) - np.asarray(
+        Image.open(full).convert("RGB"), float))
+    assert apart.mean() < 5  # of 255
 
 
 def test_same_figure_same_bytes(drawn):

@@ -195,7 +195,7 @@ BROKEN = [
     ("helpers", "tfidf_baseline", {"baselines", *ON_SCORES}),
     ("helpers", "TextEncoder.forward", ON_TEXT_ENCODERS),
     ("helpers", "finetune", ON_ENCODERS),
-    ("helpers", "augmentation", ON_IMAGES),
+    ("engine.image_models", "augmentation", ON_IMAGES),
     ("helpers", "split_regions", {"image_regions"} | ON_FUSION),
     ("engine.fusions", "average", AVERAGED),
     ("engine.fusions", "Fusion.make", ON_FUSION),

@@ -750,6 +750,7 @@ def test_the_last_epoch_is_kept_where_a_variant_says_so():
 @pytest.mark.parametrize("model, name", [
     ("flaubert_description", "FlauBERT description"), ("seresnext", "SE-ResNeXt"),
     ("concat-add", "text concat + final add"), ("late mean", "late mean"),
+    ("TF-IDF title", "TF-IDF title"), ("majority class", "majority class"),
     ("average-average-dropout", "text average + final average, with dropout"),
     ("concat-concat-flat", "concat of all five"), ("add-add-T_c+P", "add of T_c, P"),
     ("gated-gated-text-hidden", "text gated + final gated, no picture, modality dropout")])

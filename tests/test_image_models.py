@@ -17,9 +17,11 @@ import helpers as h
 from commands.store import stage_folders
 from engine.files import hash_file
 from engine.image_models import (
+    IN_TIMM,
     PAPER_NETWORK,
     PAPER_WEIGHTS,
     check_network,
+    create_timm,
     fit_weights,
     hub_repository,
     load_weights,
@@ -110,6 +112,28 @@ def test_unknown_encoder_is_named_with_a_few_close_names(name, close):
     assert len(str(error.value)) < 400
 
 
+@pytest.mark.parametrize("name", [*IN_TIMM.values(), "convnext_tiny",
+                                  "eva02_base_patch14_448.mim_in22k_ft_in22k_in1k"])
+def test_networks_made_for_other_sizes_take_the_studys(name):
+    with torch.device("meta"):
+        network, expects = make_network(f"timm/{name}", 224)
+    assert refusal(network.eval(), expects.width, 224) == ""
+
+
+@pytest.mark.parametrize("name", IN_TIMM)
+def test_a_vision_model_of_transformers_is_answered_with_timms_name(name):
+    with pytest.raises(ValueError, match=rf"the same network is seresnext=timm/{IN_TIMM[name]}"):
+        h.ImageEncoder(name)
+    assert IN_TIMM[name] in timm.list_pretrained()
+
+
+def test_a_transformers_positions_are_made_for_the_pictures():
+    large = timm.create_model("test_vit", num_classes=0, img_size=160)
+    small = create_timm("timm/test_vit", 64)
+    assert large.pos_embed.shape[1] > small.pos_embed.shape[1]
+    assert small.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, small.head_hidden_size)
+
+
 def test_batch_normalisation_over_processes_keeps_the_activations():
     network, _ = make_network("timm/efficientnet_b0")
     network = timm.layers.convert_sync_batchnorm(network)
@@ -155,8 +179,9 @@ def test_timms_network_of_that_name_is_pretrainedmodels_own(tmp_path):
     ({"seresnext": "timm/vit_tiny_patch16_224"},
      "cannot take 14 x 14 tiles .*; set regions=feature_map"),
     ({"seresnext": "timm/convnext_atto"}, "cannot take 14 x 14 tiles .*; set regions=feature_map"),
-    ({"seresnext": "timm/vit_tiny_patch16_224", "image_size": 80, "regions": "feature_map"},
-     "cannot take pictures of 80 x 80 pixels .*; set image_size=224"),
+    ({"seresnext": "timm/vit_tiny_patch16_224", "image_size": 90, "regions": "feature_map"},
+     "cannot take pictures of 90 x 90 pixels .*; set image_size=224"),
+    ({"seresnext": "timm/vit_tiny_patch16_224", "image_size": 80, "regions": "feature_map"}, ""),
     ({"seresnext": "timm/vit_tiny_patch16_224", "regions": "feature_map"}, ""),
     ({"seresnext": "timm/convnext_atto", "grid": 4}, ""), ({"seresnext": "timm/resnet50"}, ""),
     ({}, "")])

@@ -62,7 +62,7 @@ def test_submission_holds_what_the_stages_predict(make_run, request, monkeypatch
     assert path.name == file and lines[0] == head and len(lines) == 1 + len(ids)
     rows = [line.replace("\t", ",").split(",") for line in lines[1:]]
     assert [int(index) for index, _ in rows] == list(range(500, 500 + len(ids)))
-    codes = h.load_classes()["prdtypecode"]
+    codes = h.load_classes(run)["prdtypecode"]
     assert [int(code) for _, code in rows] == codes[expected.argmax(-1).numpy()].tolist()
     assert list(path.parent.iterdir()) == [path]
     # A run on described rows never saw a missing description.

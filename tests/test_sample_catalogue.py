@@ -338,3 +338,10 @@ def test_a_folder_that_is_not_a_sample_is_left_alone(tmp_path, quick):
     with pytest.raises(ValueError, match="not a generated sample"):
         sc.write_catalogue(tmp_path, seed=1, workers=1, **SMALL)
     assert files_of(tmp_path) == {"X_train_update.csv": b"real data"}
+
+
+def test_the_word_list_for_readers_holds_words_of_the_sample_each_once():
+    listed = pd.read_csv(ROOT / "data" / "sample_gloss.csv", keep_default_na=False)["french"]
+    said = sc.WORDS_FILE.read_text(encoding="utf-8").lower()
+    assert listed.is_unique and (listed == listed.str.lower()).all()
+    assert [word for word in listed if not re.search(rf"\b{re.escape(word)}\b", said)] == []

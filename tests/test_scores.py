@@ -76,7 +76,7 @@ def test_scores_of_cells_equal_score_on_resampled_rows():
     truth, predicted = random_rows(40, seed=3)
     for seed in range(30):
         rows = np.random.default_rng(seed).integers(0, 12, 40)  # some classes are missing
-        found = scores_of_cells(confusion_cells(truth[rows], predicted[rows]))
+        found = scores_of_cells(confusion_cells(truth[rows], predicted[rows], 7), 7)
         expected = h.score(truth[rows], predicted[rows])
         assert found[0] == pytest.approx(list(expected.values()))
 

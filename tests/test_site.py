@@ -38,10 +38,12 @@ def test_a_figure_has_the_caption_that_follows_it(cells, captions):
 
 def test_a_page_has_alternative_texts_and_no_code_of_captions():
     page = prepare(book(("plot()", [PICTURE]), ("h.caption('x')", [said("*Shown.*")]),
-                        "See [there](../README.md) and [08](08_result_tables.ipynb)."))
+                        "See [there](../README.md), [08](08_result_tables.ipynb), "
+                        "[Z](../docs/own_fusion.md)."))
     assert page.cells[0].metadata["mystnb"] == {"image": {"alt": "Shown."}}
     assert page.cells[1].metadata["tags"] == ["remove-input"]
-    assert page.cells[2].source == "See [there](../about.md) and [08](08_result_tables.ipynb)."
+    assert page.cells[2].source == ("See [there](../about.md), [08](08_result_tables.ipynb), "
+                                    "[Z](../own_fusion.md).")
 
 
 def test_links_of_the_repository_are_links_of_the_site():

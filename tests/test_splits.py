@@ -4,6 +4,7 @@ import pytest
 from pandas.testing import assert_frame_equal
 
 import helpers as h
+from engine.catalogue import CLASSES
 
 SIZES = {3: 31, 7: 120, 12: 260, 18: 77, 26: 49}  # rows of five classes
 
@@ -56,7 +57,7 @@ def test_held_out_rows_come_from_the_training_part_alone(products):
     assert 0.1 < (table["part"] == "fusion").sum() / len(table) < 0.2
     few = pd.DataFrame({"label_id": [0] * 3 + [1] * 40, "product_id": range(43)})
     with pytest.raises(ValueError, match="needs 4 rows of each class.*10: 3"):
-        h.make_split(few, "90-10", 0, held_out=0.2)
+        h.make_split(few, "90-10", 0, held_out=0.2, codes=[10, 2280])
 
 
 def test_rows_are_in_order_of_product_id(products):
@@ -85,7 +86,7 @@ def test_input_is_not_changed(products):
 def test_class_with_too_few_rows_is_named(products):
     few = products.drop(products[products["label_id"] == 26].index[2:])
     with pytest.raises(ValueError, match=r"needs 3 rows of each class.* \{1301: 2\}.*rows='all'"):
-        h.make_split(few, "90-10", 0)
+        h.make_split(few, "90-10", 0, codes=pd.read_csv(CLASSES)["prdtypecode"])
 
 
 def test_unknown_split_is_refused():

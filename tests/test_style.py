@@ -22,10 +22,11 @@ HELPERS = ROOMS["helpers"]
 TREE = ast.parse(HELPERS)
 TREES = {room: ast.parse(source) for room, source in ROOMS.items()}
 WIDTH, ROOM_LINES, HELPERS_LINES, FUNCTION_LINES = 100, 300, 1300, 40
-CELL_LINES, DUPLICATE_LINES, NOTEBOOK_BYTES = 15, 4, 800_000
+CELL_LINES, DUPLICATE_LINES, NOTEBOOK_BYTES = 15, 4, 500_000
 PARAMETERS = ["PROFILE", "SPLIT", "SEED", "SETTINGS"]
 ALLOWED_TAGS = {"parameters", "nbval-check-output", "nbval-skip", "nbval-ignore-output",
                 "raises-exception"}
+SLIDE_TYPES = {"slide", "subslide", "fragment", "skip", "notes"}
 # These answer in the first second, so what they import does too.
 LIGHT = ["commands.plan", "commands.store", "engine.settings", "engine.runs", "engine.files",
          "engine.progress", "engine.fingerprint", "engine.catalogue", "engine.rows",
@@ -340,6 +341,14 @@ def test_parameters_are_the_ones_that_the_plan_leaves_out(path):
 def test_tags_are_known_ones(path):
     found = Counter(tag for cell in read(path)["cells"] for tag in tags(cell))
     assert set(found) <= ALLOWED_TAGS and found["parameters"] == 1
+
+
+@each
+def test_a_cell_says_its_tags_and_its_place_among_the_slides_and_nothing_else(path):
+    for cell in read(path)["cells"]:
+        assert set(cell["metadata"]) <= {"tags", "slideshow"}
+        kind = cell["metadata"].get("slideshow", {"slide_type": "skip"})
+        assert set(kind) == {"slide_type"} and kind["slide_type"] in SLIDE_TYPES
 
 
 @each

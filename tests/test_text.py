@@ -320,6 +320,7 @@ def test_pooling_as_worked_by_hand():
     assert h.TextEncoder(Counter(), "first")(ids, mask).tolist() == [[4, 16], [1, 1]]
     means = h.TextEncoder(Counter(), "mean")(ids, mask)
     assert torch.allclose(means, torch.tensor([[3.0, 10.0], [3.0, 35 / 3]]))
+    assert h.TextEncoder(Counter(), "last")(ids, mask).tolist() == [[2, 4], [5, 25]]
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +360,8 @@ def test_features_equal_a_loop_over_rows_whatever_the_batch_and_order(
     expected = []
     for row in rows:
         tokens = states_of(model, torch.tensor([row["input_ids"]]))[0]
-        expected.append(tokens[0] if pooling == "first" else sum(tokens) / len(tokens))
+        by_hand = {"first": tokens[0], "mean": sum(tokens) / len(tokens), "last": tokens[-1]}
+        expected.append(by_hand[pooling])
     expected = torch.stack(expected)
     text_encoder = h.TextEncoder(model, pooling)
 

@@ -7,6 +7,8 @@ from transformers import (
     BartModel,
     CamembertConfig,
     CamembertModel,
+    CLIPConfig,
+    CLIPModel,
     DebertaV2Config,
     DebertaV2Model,
     DebertaV2Tokenizer,
@@ -169,9 +171,17 @@ def xlnet(size: dict) -> torch.nn.Module:
     return XLNetModel(XLNetConfig(d_model=24, n_layer=2, n_head=2, d_inner=48, **size))
 
 
+def clip(size: dict) -> torch.nn.Module:
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2}
+    return CLIPModel(CLIPConfig(text_config={**small, **size},
+                                vision_config={**small, "image_size": 8, "patch_size": 4}))
+
+
 @pytest.mark.parametrize("make, message", [
-    (gpt2, "its first token does not see the others.*set pooling=mean"),
-    (bart, "is an encoder with a decoder; take an encoder such as BERT"), (xlnet, None)])
+    (clip, r"\(clip\) reads pictures too.*seresnext=timm/"),
+    (gpt2, "its first token does not see the others.*set pooling=last, or mean"),
+    (bart, r"\(bart\) is an encoder with a decoder; take an encoder such as BERT"), (xlnet, None)])
 def test_models_whose_first_token_says_nothing_are_refused(tmp_path, make_run, make, message):
     tokenizer = RobertaTokenizer().train_new_from_iterator(tiny_products()["title"], 300)
     folder = tmp_path / make.__name__
@@ -190,6 +200,7 @@ def test_models_whose_first_token_says_nothing_are_refused(tmp_path, make_run, m
         load()
     if make is gpt2:
         load(pooling="mean")
+        load(pooling="last")
 
 
 def test_padding_stands_on_the_right(tmp_path, make_run):
