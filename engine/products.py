@@ -47,8 +47,11 @@ def cleaned_products(products: pd.DataFrame, clean: str) -> pd.DataFrame:
 def missing_notes(products: pd.DataFrame) -> list[str]:
     """For each product a sentence on what is missing, and what stands for it; "" if nothing is."""
     missing = whole_products(products) == ""
-    return ["; ".join(words for name, words in STAND_INS.items() if row[name])
-            for row in missing.to_dict("records")]
+    return list(map(_note, missing.to_dict("records")))
+
+
+def _note(missing: dict[str, bool]) -> str:
+    return "; ".join(words for name, words in STAND_INS.items() if missing[name])
 
 
 # --- a CSV file -----------------------------------------------------------------------------------
