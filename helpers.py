@@ -7,13 +7,13 @@ section uses only those above it. What a notebook calls besides is handed on fro
     section             taught in    handed on from
     1  Splits           01           catalogue, rows, duplicates, pictures, figures
     2  Text             02           texts, text_models, scores, checks
-    3  Fine-tuning      03           training, vectors
+    3  Fine-tuning      03           training, vectors, heads
     4  Text encoders    03, 04       text_checkpoints, text_models
     5  Image encoder    05           image_models, pictures, picture_cache
     6  Regions          06
     7  Fusion           07           fusions, variants
     8  Result tables    08, 09, 10   paper_tables, late_fusion, claims, analysis, stages, tensors
-    9  New products
+    9  New products     11           products
 
 "The paper" is Tashu, Fattouh, Kiss, Horvath: Multimodal E-Commerce Product Classification Using
 Hierarchical Fusion (2022). Importing this module reads and writes no data.
@@ -31,13 +31,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import transformers
 from safetensors.torch import load_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from torch import Tensor, nn
-from torchvision.transforms import v2
 from transformers import DataCollatorWithPadding, set_seed
 
 from engine.analysis import (
@@ -48,6 +46,7 @@ from engine.analysis import (
     fit_temperature,
     region_parts,
     reliability,
+    token_parts,
     with_temperature,
 )
 from engine.catalogue import (
@@ -67,6 +66,7 @@ from engine.checks import check
 from engine.claims import TEXT_ALONE, claims_table, compare_splits, recommend
 from engine.cuts import cut_groups, cut_rows
 from engine.duplicates import chosen_groups
+from engine.exports import Parts, parts_of_folder, parts_of_run
 from engine.figures import (
     COLOURS,
     COLUMN,
@@ -80,6 +80,7 @@ from engine.figures import (
     plot_scores,
     save_figure,
     show,
+    source_colour,
 )
 from engine.files import read_json, temporary_folder
 from engine.fusions import (
@@ -95,14 +96,24 @@ from engine.fusions import (
     maximum,
     product,
 )
+from engine.heads import (
+    count_parameters,
+    curve_metrics,
+    fit_head,
+    head_probabilities,
+    load_head,
+    validation_scores,
+)
 from engine.image_models import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     SmallSENet,
+    augmentation,
     check_network,
     image_weights,
     load_weights,
     make_network,
+    normalise,
     refusal,
 )
 from engine.keys import makes, one_look
@@ -119,6 +130,7 @@ from engine.paper_tables import (
 from engine.picture_cache import DecodedPictures, cached_pictures
 from engine.pictures import as_rgb, decode_picture, open_picture
 from engine.processes import device
+from engine.products import cleaned_products, missing_notes, whole_products
 from engine.progress import Progress
 from engine.rows import (
     chosen_labels,
@@ -167,7 +179,7 @@ from engine.tensors import (
     share_file,
 )
 from engine.text_checkpoints import load_checkpoint, refuse_blind_first_token, text_source
-from engine.text_models import small_text_model, tokenise, train_bpe, train_tokenizer
+from engine.text_models import encoder_texts, small_text_model, tokenise, train_bpe, train_tokenizer
 from engine.texts import clean_text, clean_texts, decode_entities, has_words, strip_html
 from engine.training import (
     EpochSampler,
@@ -283,13 +295,6 @@ def read_cleaned(run: Run) -> pd.DataFrame:
     return pd.read_csv(read_stage(run, "text") / "text.csv", keep_default_na=False)
 
 
-def encoder_texts(text: pd.DataFrame, field: str, texts: str) -> pd.Series:
-    """What the encoders of a field read: it, or, by the setting `texts`, both fields joined."""
-    if one_of("texts", texts, ("apart", "joined")) == "apart":
-        return text[field]
-    return (text["title"] + " " + text["description"]).str.strip()
-
-
 BASELINES = ("majority class", "TF-IDF title", "TF-IDF description", "TF-IDF both")
 
 
@@ -382,43 +387,6 @@ def finetune(model: Classifier, train: RowDataset, val: RowDataset, folder: Path
     return trained_once(model, attempt, folder, batch, profile, seed)
 
 
-def validation_scores(found: transformers.EvalPrediction) -> dict[str, float]:
-    """Scores and cross-entropy (nats) of all validation rows at once, however batched."""
-    logits, labels = torch.as_tensor(found.predictions), torch.as_tensor(found.label_ids)
-    loss = nn.functional.cross_entropy(logits, labels).item()
-    return score(labels, logits.argmax(-1)) | {"cross_entropy": loss}
-
-
-def fit_head(head: nn.Linear, features: Tensor, labels: Tensor, parts: np.ndarray) -> pd.DataFrame:
-    """Fit the linear layer of a frozen encoder by logistic regression on the training part.
-
-    `features` are [N, width]. Returns a curve of one row, epoch 0: no step of the encoder's.
-    """
-    train, val = (torch.as_tensor(parts == part) for part in ("train", "val"))
-    mean, std = features[train].mean(0), features[train].std(0).clamp(min=1e-6)
-    scaled = ((features - mean) / std)[train]
-    model = LogisticRegression(max_iter=2000).fit(scaled.numpy(), labels[train].numpy())
-    weight = torch.tensor(model.coef_, dtype=torch.float32) / std
-    with torch.no_grad():
-        head.weight.zero_()
-        head.bias.fill_(-1e4)  # a class without a training row is never predicted
-        head.weight[model.classes_] = weight
-        bias = torch.tensor(model.intercept_, dtype=torch.float32)
-        head.bias[model.classes_] = bias - weight @ mean
-        found = [validation_scores(transformers.EvalPrediction(head(features[rows]), labels[rows]))
-                 for rows in (train, val)]
-    return pd.DataFrame([{"epoch": 0, "train_loss": found[0]["cross_entropy"],
-                          "val_loss": found[1]["cross_entropy"],
-                          "val_accuracy": found[1]["accuracy"],
-                          "val_macro_f1": found[1]["macro_f1"]}])
-
-
-def curve_metrics(curve: pd.DataFrame) -> dict:
-    """The best epoch of a learning curve and its validation scores: what a manifest keeps."""
-    best = curve.loc[curve["val_macro_f1"].idxmax()]
-    return {"best_epoch": int(best["epoch"]), **best[["val_accuracy", "val_macro_f1"]]}
-
-
 def build_frozen(run: Run, vectors: str, folder: Path) -> dict:
     """With frozen encoders: the checkpoint and its vectors as stage `vectors` holds them, and a
     head fitted on the training part.
@@ -434,20 +402,6 @@ def build_frozen(run: Run, vectors: str, folder: Path) -> dict:
     save_weights(folder / "head.safetensors", head.state_dict())
     save_table(folder / "curve.csv", curve)
     return curve_metrics(curve) | read_manifest(run, vectors)["metrics"]
-
-
-def head_probabilities(folder: Path, features: Tensor) -> Tensor:
-    """Class probabilities [N, 27] that an encoder's own linear head gives its features."""
-    with torch.no_grad():
-        return torch.softmax(load_head(folder)(features), -1)
-
-
-def load_head(folder: Path) -> nn.Linear:
-    """An encoder's own linear head, from its width to the classes."""
-    weights = load_file(folder / "head.safetensors")
-    head = nn.Linear(weights["weight"].shape[1], len(weights["weight"]))
-    head.load_state_dict(weights)
-    return head
 
 
 # ==================================================================================================
@@ -566,36 +520,9 @@ def build_text_vectors(run: Run, name: str, folder: Path) -> dict:
     return {"parameters": count_parameters(model)}
 
 
-def count_parameters(model: nn.Module) -> int:
-    """The number of weights of a network."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 # ==================================================================================================
 # 5  Image encoder
 # ==================================================================================================
-def augmentation(size: int) -> v2.Transform:
-    """Random rotation, flip and crop of training pictures (paper, section IV.A); uint8 to uint8.
-
-    Shown in 05.
-    """
-    return v2.Compose([
-        v2.ToPILImage(),  # Pillow rotates several times as fast as tensors do on a CPU
-        v2.RandomRotation(15, interpolation=v2.InterpolationMode.BILINEAR),
-        v2.RandomHorizontalFlip(),
-        v2.RandomResizedCrop(size, scale=(0.8, 1.0)),
-        v2.PILToTensor()])
-
-
-def normalise(pictures: Tensor, mean: Sequence[float] | Tensor,
-              std: Sequence[float] | Tensor) -> Tensor:
-    """Bytes [..., 3, H, W] to float32: as 0 to 1, minus `mean`, by `std` of each channel (paper,
-    section IV.A). Shown in 05.
-    """
-    mean, std = (torch.as_tensor(x, device=pictures.device).view(3, 1, 1) for x in (mean, std))
-    return (pictures.float() / 255 - mean) / std
-
-
 class ImageEncoder(nn.Module):
     """A network without its classification layer: one vector a picture, [N, width].
 
@@ -1261,23 +1188,104 @@ def compare(run: Run, other: Run) -> pd.DataFrame:
 # ==================================================================================================
 # 9  New products
 # ==================================================================================================
-def represent_products(run: Run, products: pd.DataFrame, variant: Variant) -> dict[str, Tensor]:
-    """The representations [N, width] that a variant reads, of any products [title, description,
-    picture]; a missing text is an empty one.
+class ProductClassifier:
+    """A trained fusion with its encoders and tokenizers, in memory once, for any products.
+
+    A table of products has the columns title, description and picture (a path). A missing text is
+    an empty one, which a run on `rows="described"` never saw; for a missing picture stands the
+    training rows' mean. Of the fusion the first seed decides. Made by `load_classifier`.
     """
-    raw = products[list(FIELDS)].astype(object).fillna("")
-    text = pd.DataFrame({field: clean_texts(raw[field], run.profile.clean, f"cleaning each {field}")
-                         for field in FIELDS})
-    return encode_products(run, text, partial(DecodedPictures, products["picture"]), variant)
+
+    def __init__(self, parts: Parts):
+        self.run, self.variant, self.classes = parts.run, parts.variant, parts.classes
+        profile, folders, self.image = self.run.profile, parts.folders, None
+        self.fusions = {name: load_fusion(parts, name) for name in parts.fusions}
+        self.heads = {name: load_head(folders[name]) for name in ENCODER_MODELS if name in folders}
+        self.readers = {name: load_checkpoint(str(folders[name] / "encoder"), profile.max_length)
+                        for name in TEXT_STAGES if name in folders}
+        if "seresnext" in folders:
+            self.image = ImageEncoder(profile.seresnext, size=profile.image_size)
+            self.image.load_state_dict(load_file(folders["seresnext"] / "encoder.safetensors"))
+
+    def vectors(self, name: str, products: pd.DataFrame) -> Tensor:
+        """What an encoder's stage would hold of cleaned products, [N, width]; NaN: no picture."""
+        profile = self.run.profile
+        if name in self.readers:
+            model, tokenizer = self.readers[name]
+            texts = encoder_texts(products, name.rpartition("_")[2], profile.texts)
+            rows = tokenise(tokenizer, texts, profile.max_length)
+            return text_vectors(TextEncoder(model, profile.pooling), tokenizer, rows, profile, name)
+        there = products["picture"].to_numpy() != ""
+        found = torch.full((len(there), self.image.width), torch.nan)
+        if there.any():
+            read = region_vectors if name == "image_regions" else whole_vectors
+            pictures_of = partial(DecodedPictures, products["picture"][there])
+            found[torch.tensor(there)] = read(self.image, profile, pictures_of)
+        return found
+
+    def representations(self, products: pd.DataFrame,
+                        missing: Sequence[str] = ()) -> dict[str, Tensor]:
+        """What the fusion reads, [N, width] each. The training rows' mean stands for the modalities
+        that are `missing`, and for the picture of a row that has none.
+        """
+        products, found = cleaned_products(products, self.run.profile.clean), {}
+        names = REPRESENTATIONS | {"P": f"image_{self.variant.picture}"}
+        gone = list(itertools.chain.from_iterable(MODALITIES[name] for name in missing))
+        absent = torch.tensor((products["picture"] == "").to_numpy())[:, None]
+        for symbol, mean in self.fusions[self.variant.name].means.items():
+            mean = mean.repeat(len(products), 1)
+            rows = mean if symbol in gone else self.vectors(names[symbol], products)
+            found[symbol] = torch.where(absent, mean, rows) if symbol == "P" else rows
+        return found
+
+    def levels(self, products: pd.DataFrame) -> dict[str, Tensor]:
+        """Class probabilities [N, classes] by model: each encoder's own head (NaN: no picture), the
+        fusion of the texts alone where there is one, the whole.
+        """
+        x = self.representations(products)
+        read = {REPRESENTATIONS[symbol]: rows for symbol, rows in x.items()}
+        if self.image:
+            read["seresnext"] = self.vectors("image_whole", whole_products(products))
+        with torch.no_grad():
+            found = {name: head(read[name]).softmax(-1) for name, head in self.heads.items()}
+        return found | {name: predict_fusion(model, x).softmax(-1)
+                        for name, model in self.fusions.items()}
+
+    def probabilities(self, products: pd.DataFrame, missing: Sequence[str] = ()) -> Tensor:
+        """Class probabilities [N, classes] by the fusion; `missing` as in `representations`."""
+        x = self.representations(products, missing)
+        return predict_fusion(self.fusions[self.variant.name], x).softmax(-1)
+
+    def predict(self, products: pd.DataFrame, probabilities: bool = False) -> pd.DataFrame:
+        """[code, name, probability, notes on what is missing] of each product, by its own index; if
+        asked, the `probabilities` of all classes by their codes too.
+        """
+        notes, p = missing_notes(products), self.probabilities(products)
+        table = self.classes.loc[p.argmax(-1).tolist(), ["prdtypecode", "name_en"]]
+        table = table.set_axis(["code", "name"], axis=1).set_axis(products.index)
+        table = table.assign(probability=p.amax(-1).numpy(), notes=notes)
+        every = pd.DataFrame(p.numpy(), products.index, self.classes["prdtypecode"].tolist())
+        return pd.concat([table, every], axis=1) if probabilities else table
 
 
-def predict_products(run: Run, products: pd.DataFrame, variant: Variant) -> Tensor:
-    """Class probabilities [N, 27] of any products [title, description, picture (path)], by the
-    variant's first seed.
+def load_fusion(parts: Parts, name: str) -> HierarchicalFusion:
+    """The first seed's model of a variant."""
+    variant, profile = named_variant(name), parts.run.profile
+    for z in (variant.text_fusion, variant.final_fusion):
+        fusion_of(parts.run, z)  # one's own is known from here on
+    weights = load_file(parts.folders[f"fusion-{name}"] / "model-0.safetensors")
+    widths = {symbol: len(weights[f"mean_{symbol}"]) for symbol in variant.symbols}
+    model = HierarchicalFusion(widths, variant, len(parts.classes), project=profile.project)
+    model.load_state_dict(weights)
+    return model
 
-    An empty description is allowed. A run on `rows="described"` never saw one, so what its
-    description encoders make of it is a guess, and such a row leans on title and picture; a run on
-    `rows="all"` has learnt it. FileNotFoundError if the run has no trained `variant`.
+
+def load_classifier(place: Run | str | Path, variant: str | None = None) -> ProductClassifier:
+    """The classifier of a run, of "concat-add" or another `variant`; or of a folder that
+    `run.py export` has written, which holds one variant.
+
+    FileNotFoundError names what is missing of a run, ValueError of a folder. Shown in 11.
     """
-    read_stage(run, f"fusion-{variant.name}")  # before the encoders' hours, not after
-    return fusion_probabilities(run, variant, represent_products(run, products, variant))[:, 0]
+    if isinstance(place, Run):
+        return ProductClassifier(parts_of_run(place, named_variant(variant or "concat-add")))
+    return ProductClassifier(parts_of_folder(Path(place), variant))

@@ -8,6 +8,8 @@
     python run.py stage      make stages without their notebooks
     python run.py import     a catalogue of one's own, from a table, for --set data=<folder>
     python run.py submit     predict the challenge's unlabelled products
+    python run.py predict    predict the products of a CSV file
+    python run.py export     write a trained classifier into a folder of its own
     python run.py clean      delete the stages that no run names any more
     python run.py publish    copy the default run's notebooks and figures into the repository
     python run.py slides     slides of the committed notebooks
@@ -28,8 +30,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from commands import options
 from commands import plan as plans
-from commands.options import grid_options, import_options, make_plan
+from commands.options import make_plan
 from engine.settings import PROFILES, one_of, setting_names
 
 gc.disable()  # helpers.py, where the libraries are, begins to look for garbage
@@ -41,7 +44,7 @@ problems = Console(stderr=True)
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    grid = grid_options()
+    grid = options.grid_options()
     top = argparse.ArgumentParser(
         prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -53,14 +56,7 @@ def parser() -> argparse.ArgumentParser:
         words.set_defaults(function=function)
         return words.add_argument
 
-    add = command(study)
-    add("--from", dest="first", metavar="NN", help="execute this notebook and all after it again")
-    add("--only", action="append", default=[], metavar="NN", help="execute only this notebook")
-    add("--notebooks", type=int, metavar="N", help="notebooks executed at a time, of several "
-        "splits and seeds (default: on the sample as many as there are cores, else 1)")
-    add("--workers", type=int, default=1, metavar="N", help="stages made at a time, one GPU each")
-    add("--on", default="here", help="here | ray: where stages are made side by side")
-    add("--dry-run", action="store_true", help="only print what the study would cost")
+    options.study_options(command(study))
     command(status)("--disk", action="store_true", help="what each stage takes")
     command(settings, ())
     add = command(doctor)
@@ -68,8 +64,10 @@ def parser() -> argparse.ArgumentParser:
     add("--encoders", action="store_true", help="encoders that fit the slots, each built and tried")
     command(report)
     command(stage)("names", nargs="*", metavar="STAGE", help="none: all, in order")
-    import_options(command(import_, ()))
+    options.import_options(command(import_, ()))
     command(submit)("--variant", default="concat-add", help="fusion, such as average-average")
+    options.predict_options(command(predict))
+    options.export_options(command(export))
     command(clean, ())("--unused", action="store_true", required=True,
                        help="the stages that no run names")
     command(publish, ())
@@ -219,16 +217,30 @@ def import_(words: argparse.Namespace) -> None:
 def submit(words: argparse.Namespace) -> None:
     """Predict the challenge's unlabelled products with each run that has this fusion."""
     plan = make_plan(words)
-    import helpers as h
+    from commands.products import trained_runs
     from commands.submission import write_submission
-    from engine.stages import is_made
 
-    variant, runs = h.named_variant(words.variant), plans.runs_of(plan)
-    trained = [run for run in runs if is_made(run, f"fusion-{variant.name}")]
-    for run in trained or runs[:1]:  # without a trained one the error names what is missing
-        with console.status(f"{run.name}: {variant.name} on the unlabelled products"):
-            path = write_submission(run, variant)
+    for run in trained_runs(plan, words.variant):
+        with console.status(f"{run.name}: {words.variant} on the unlabelled products"):
+            path = write_submission(run, words.variant)
         console.print(f"Submission: {path}", highlight=False, soft_wrap=True)
+
+
+def predict(words: argparse.Namespace) -> None:
+    """Predict the products of a CSV file with the first run that has this fusion, or a folder."""
+    from commands.products import predict_file, trained_runs
+
+    place = words.from_folder or trained_runs(make_plan(words), words.variant or "concat-add")[0]
+    predict_file(words.file, place, words.variant, words.to, words.probabilities)
+
+
+def export(words: argparse.Namespace) -> None:
+    """Write the classifier of the first run that has this fusion into a folder of its own."""
+    plan = make_plan(words)
+    from commands.products import export_classifier
+
+    run = export_classifier(words.folder, plan, words.variant)
+    console.print(f"Classifier of {run.name}: {words.folder}", highlight=False, soft_wrap=True)
 
 
 def clean(words: argparse.Namespace) -> None:

@@ -25,6 +25,17 @@ def grid_options() -> argparse.ArgumentParser:
     return grid
 
 
+def study_options(add: Callable) -> None:
+    """What `study` is told besides the runs."""
+    add("--from", dest="first", metavar="NN", help="execute this notebook and all after it again")
+    add("--only", action="append", default=[], metavar="NN", help="execute only this notebook")
+    add("--notebooks", type=int, metavar="N", help="notebooks executed at a time, of several "
+        "splits and seeds (default: on the sample as many as there are cores, else 1)")
+    add("--workers", type=int, default=1, metavar="N", help="stages made at a time, one GPU each")
+    add("--on", default="here", help="here | ray: where stages are made side by side")
+    add("--dry-run", action="store_true", help="only print what the study would cost")
+
+
 def import_options(add: Callable) -> None:
     """What `import` has to know of a table."""
     add("table", type=Path, help="CSV, TSV or Parquet, a product a row")
@@ -35,6 +46,21 @@ def import_options(add: Callable) -> None:
     add("--images", type=Path, metavar="FOLDER", help="where pictures lie (default: by the table)")
     add("--encoding", default="utf-8-sig", help="of a text table, such as cp1252")
     add("--blank", action="store_true", help="a white picture stands for a missing one")
+
+
+def predict_options(add: Callable) -> None:
+    """What `predict` has to know besides the run."""
+    add("file", type=Path, metavar="CSV", help="columns title, description, image")
+    add("--to", type=Path, metavar="FILE", help="where predictions go; without it to the console")
+    add("--from-folder", type=Path, metavar="FOLDER", help="what `export` has written, not a run")
+    add("--variant", help="fusion, such as average-average (default: concat-add, or the folder's)")
+    add("--probabilities", action="store_true", help="of all classes too")
+
+
+def export_options(add: Callable) -> None:
+    """What `export` has to know besides the run."""
+    add("folder", type=Path, metavar="FOLDER", help="a new one")
+    add("--variant", default="concat-add", help="fusion, such as average-average")
 
 
 def make_plan(words: argparse.Namespace) -> list[plans.Step]:

@@ -11,14 +11,13 @@ from engine.catalogue import (
     catalogue_folder,
     check_pictures,
     find_layout,
-    load_classes,
     load_test_products,
     test_table,
 )
 from engine.runs import Run
 
 
-def write_submission(run: Run, variant: h.Variant) -> Path:
+def write_submission(run: Run, variant: str) -> Path:
     """Predict the challenge's unlabelled products; the path of the file to submit.
 
     ENS: comma-separated, header `,prdtypecode`; SIGIR: tab-separated, header `Integer_id`,
@@ -27,11 +26,12 @@ def write_submission(run: Run, variant: h.Variant) -> Path:
     folder = catalogue_folder(run)
     layout, products = LAYOUTS[find_layout(folder)], load_test_products(folder)
     check_pictures(products, "unpack those of the unlabelled products there")
-    labels = h.predict_products(run, products, variant).argmax(-1).numpy()
-    codes = load_classes(run)["prdtypecode"].to_numpy()[labels]
+    classifier = h.load_classifier(run, variant)
+    labels = classifier.probabilities(products).argmax(-1).numpy()
+    codes = classifier.classes["prdtypecode"].to_numpy()[labels]
     table = pd.DataFrame({layout["label"]: codes}, index=products.index)
     name = Path(test_table(folder))
-    path = run.folder / "submissions" / variant.name
+    path = run.folder / "submissions" / variant
     path = path / f"y{name.stem[1:]}_pred{name.suffix}"  # SIGIR's naming
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

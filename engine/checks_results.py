@@ -134,7 +134,7 @@ def _watched_fit(seen: list[int]) -> Callable:
                "means of confidence and right, and of the distances the mean over all rows.",
           insight="The distance is taken of each bin's means: rows are right or wrong, never 80% "
                   "right, so a distance of single rows says nothing of how honest 80% is.")
-def calibration_error(answer: Callable) -> None:
+def expected_calibration_error(answer: Callable) -> None:
     """Write a function of confidence [N], right [N] (1 or 0) and bins that returns the expected
     calibration error over bins of as many rows each, sorted by confidence.
     """
@@ -255,7 +255,7 @@ def comparable(answer: Callable, published: pd.DataFrame) -> None:
                "sqrt(a (100 - a) / n + b (100 - b) / n), in points.",
           insight="Two intervals may overlap and the difference still be told; one score may lie "
                   "outside of the other's interval and it may not.")
-def told_apart(answer: Callable) -> None:
+def scores_apart(answer: Callable) -> None:
     """Write a function of two accuracies in percent and n that says (True or False) whether they
     can be told apart at the 5% level, by the normal approximation, if each was measured on n test
     products of its own.

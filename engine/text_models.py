@@ -1,10 +1,11 @@
-"""The tokens of texts, and the small models and tokenizers made for the sample."""
+"""The texts of encoders, their tokens, and the small models and tokenizers made for the sample."""
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
 import sentencepiece
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
@@ -18,9 +19,17 @@ from transformers import (
 )
 
 from engine.files import write_json
+from engine.settings import one_of
 
 
-# --- tokens ---------------------------------------------------------------------------------------
+# --- texts and tokens -----------------------------------------------------------------------------
+def encoder_texts(text: pd.DataFrame, field: str, texts: str) -> pd.Series:
+    """What the encoders of a field read: it, or, by the setting `texts`, both fields joined."""
+    if one_of("texts", texts, ("apart", "joined")) == "apart":
+        return text[field]
+    return (text["title"] + " " + text["description"]).str.strip()
+
+
 def tokenise(tokenizer, texts: Sequence[str], max_length: int) -> list[dict[str, list[int]]]:
     """input_ids of each text, cut at `max_length` tokens; `tokenizer.pad` makes a batch of them.
 

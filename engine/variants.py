@@ -1,7 +1,7 @@
 """The fusion models by name: which Z, joining what with what, with which head."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.fusions import FUSIONS
 from engine.runs import Run
@@ -78,6 +78,15 @@ def named_variant(name: str) -> Variant:
                          f"options: {', '.join([*HEADS[1:], *list(STRUCTURES)[1:]])}, whole, "
                          "hidden, last, raw, or representations such as T_c+P")
     return variant
+
+
+def text_level(variant: Variant) -> Variant | None:
+    """The fusion of the four texts alone by the Z of the variant's inner levels; None where the
+    variant does not join each encoder's texts first, as equation (1) does.
+    """
+    if variant.structure != "encoders":
+        return None
+    return replace(variant, final_fusion=variant.text_fusion, structure="text", picture="regions")
 
 
 ENCODER_NAMES = {

@@ -75,3 +75,24 @@ def test_the_parts_of_the_regions_and_the_bias_are_the_logit():
         assert parts.shape == (256,)
         assert (parts.sum() + head.bias[label]).item() == pytest.approx(logits[label].item(),
                                                                         abs=1e-5)
+
+
+@pytest.mark.parametrize("encoder", h.TEXT_ENCODERS)
+def test_the_parts_of_tokens_add_up_to_what_the_text_changes(encoder, tmp_path):
+    torch.manual_seed(0)
+    texts = ["un ours en peluche", "une table en bois", "ours et table, peluche et bois"]
+    tokenizer = h.train_tokenizer(encoder, texts * 5, 60, tmp_path)
+    model = h.TextEncoder(h.small_text_model(encoder, tokenizer, 16, 1, 32), "mean").eval()
+    head = torch.nn.Linear(16, 27)
+    tokens, parts = h.token_parts(model, head, tokenizer, texts[0], 32, label=4, steps=400)
+    ids = tokenizer(texts[0], return_tensors="pt")["input_ids"]
+    assert tokens == tokenizer.convert_ids_to_tokens(ids[0]) and parts.shape == (len(tokens),)
+    nothing = ids.clone()
+    nothing[0, 1:-1] = tokenizer.pad_token_id
+    embeddings, mask = model.model.get_input_embeddings(), torch.ones_like(ids)
+    with torch.no_grad():
+        whole, padding = head(model(ids, mask))[0, 4], embeddings(nothing)
+        embeddings.register_forward_hook(lambda *_: padding)  # the places stay what they are
+        empty = head(model(ids, mask))[0, 4]
+    assert parts.sum().item() == pytest.approx((whole - empty).item(), abs=1e-3)
+    assert abs(whole - empty) > 0.01 and parts[[0, -1]].abs().max() < 1e-6  # the frame stays

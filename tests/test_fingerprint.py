@@ -195,7 +195,7 @@ BROKEN = [
     ("helpers", "tfidf_baseline", {"baselines", *ON_SCORES}),
     ("helpers", "TextEncoder.forward", ON_TEXT_ENCODERS),
     ("helpers", "finetune", ON_ENCODERS),
-    ("helpers", "augmentation", ON_IMAGES),
+    ("engine.image_models", "augmentation", ON_IMAGES),
     ("helpers", "split_regions", {"image_regions"} | ON_FUSION),
     ("engine.fusions", "average", AVERAGED),
     ("engine.fusions", "Fusion.make", ON_FUSION),
@@ -215,7 +215,10 @@ BROKEN = [
     ("engine.exercises", "same", NOTHING),
     ("engine.paper_tables", "paper_table", ON_SCORES),
     ("helpers", "compare", NOTHING),
-    ("helpers", "predict_products", NOTHING),
+    ("engine.heads", "curve_metrics", ON_ENCODERS),
+    ("helpers", "load_classifier", NOTHING),
+    ("engine.products", "cleaned_products", NOTHING),
+    ("engine.exports", "parts_of_run", NOTHING),
     ("engine.figures", "plot_scores", NOTHING),
 ]
 

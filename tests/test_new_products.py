@@ -54,9 +54,10 @@ def test_submission_holds_what_the_stages_predict(make_run, request, monkeypatch
     make_unlabelled(folder, products.loc[ids])
     # As the stage `scores` does it.
     expected = h.fusion_probabilities(run, VARIANT, h.read_representations(run, ids))[:, 0]
-    found = h.predict_products(run, load_test_products(folder), VARIANT)
+    classifier = h.load_classifier(run, VARIANT.name)
+    found = classifier.probabilities(load_test_products(folder))
     assert torch.allclose(found, expected, atol=1e-5)
-    path = write_submission(run, VARIANT)
+    path = write_submission(run, VARIANT.name)
     lines = path.read_text().splitlines()
     assert path.name == file and lines[0] == head and len(lines) == 1 + len(ids)
     rows = [line.replace("\t", ",").split(",") for line in lines[1:]]
@@ -66,18 +67,18 @@ def test_submission_holds_what_the_stages_predict(make_run, request, monkeypatch
     assert list(path.parent.iterdir()) == [path]
     # A run on described rows never saw a missing description.
     missing = h.load_catalogue(folder).query("description == ''")
-    probabilities = h.predict_products(run, missing, VARIANT)
+    probabilities = classifier.probabilities(missing)
     assert torch.allclose(probabilities.sum(1), torch.ones(len(missing)), atol=1e-5)
     for nothing in (None, float("nan")):  # as a user's own table may have it
         own = missing.assign(description=[nothing] * len(missing))
-        assert torch.equal(h.predict_products(run, own, VARIANT), probabilities)
+        assert torch.equal(classifier.probabilities(own), probabilities)
     # A run is read with the settings that it was made with, or not at all.
     other = {"paper": "light", "light": "paper"}[run.profile.clean]
     for changed, said in (({"clean": other}, f"clean={run.profile.clean}"),
                           ({"max_length": 16}, "max_length=32")):
         unlike = make_run(**{**run.changed, **changed})
         with pytest.raises(FileNotFoundError, match=f"is missing.*there is one with .*{said}"):
-            write_submission(unlike, VARIANT)
+            write_submission(unlike, VARIANT.name)
 
 
 @pytest.mark.parametrize("layout", ["tiny_ens", "tiny_sigir"])
@@ -103,11 +104,11 @@ def test_missing_unlabelled_table_is_named(request, layout, file):
 
 
 def test_a_run_without_the_variant_says_how_to_make_it(run, tiny_ens, monkeypatch):
-    monkeypatch.setattr(h, "represent_products", lambda *_: pytest.fail("hours before the error"))
+    monkeypatch.setattr(h, "load_checkpoint", lambda *_: pytest.fail("minutes before the error"))
     make_unlabelled(tiny_ens, h.load_catalogue(tiny_ens).head(3))
     said = "stage fusion-.*python run.py study --profile paper"
     with pytest.raises(FileNotFoundError, match=said):
-        write_submission(run, VARIANT)
+        write_submission(run, VARIANT.name)
     assert not (run.folder / "submissions").exists()
 
 
