@@ -255,7 +255,7 @@ def comparable(answer: Callable, published: pd.DataFrame) -> None:
                "sqrt(a (100 - a) / n + b (100 - b) / n), in points.",
           insight="Two intervals may overlap and the difference still be told; one score may lie "
                   "outside of the other's interval and it may not.")
-def told_apart(answer: Callable) -> None:
+def scores_apart(answer: Callable) -> None:
     """Write a function of two accuracies in percent and n that says (True or False) whether they
     can be told apart at the 5% level, by the normal approximation, if each was measured on n test
     products of its own.

@@ -83,6 +83,8 @@ def exercise(hint: str, insight: str = "") -> Callable:
     def mark(function: Callable[..., None]) -> Callable[..., None]:
         task = " ".join(function.__doc__.split("\n\n")[0].split())
         name = function.__name__
+        if name in check.exercises:
+            raise ValueError(f"there is an exercise {name} already")
         check.exercises[name] = Exercise(name, task, function, hint, insight)
         return function
 

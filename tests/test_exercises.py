@@ -123,6 +123,14 @@ def test_what_agrees_passes_whatever_holds_it():
     same(np.float32(0.1), 0.1, "No.")
 
 
+def test_two_exercises_cannot_have_one_name():
+    asked()
+    first = check.exercises["masked_mean"]
+    with pytest.raises(ValueError, match="there is an exercise masked_mean already"):
+        exercise("hint")(first.check)
+    assert check.masked_mean is first
+
+
 def test_an_unknown_exercise_is_answered_with_those_that_there_are():
     with pytest.raises(AttributeError, match="no exercise 'masked_men'; choose from: "):
         check.masked_men  # noqa: B018
