@@ -36,6 +36,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from torch import Tensor, nn
+from torchvision.transforms import v2
 from transformers import DataCollatorWithPadding, set_seed
 
 from engine.analysis import (
@@ -108,12 +109,10 @@ from engine.image_models import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     SmallSENet,
-    augmentation,
     check_network,
     image_weights,
     load_weights,
     make_network,
-    normalise,
     refusal,
 )
 from engine.keys import makes, one_look
@@ -121,6 +120,7 @@ from engine.late_fusion import LATE_FUSIONS, cross_fitted, fit_mixture, late_fus
 from engine.paper_tables import (
     OUR_MODEL,
     TABLES,
+    compare,
     data_note,
     paper_table,
     readable_table,
@@ -523,6 +523,28 @@ def build_text_vectors(run: Run, name: str, folder: Path) -> dict:
 # ==================================================================================================
 # 5  Image encoder
 # ==================================================================================================
+def augmentation(size: int) -> v2.Transform:
+    """Random rotation, flip and crop of training pictures (paper, section IV.A); uint8 to uint8.
+
+    Shown in 05.
+    """
+    return v2.Compose([
+        v2.ToPILImage(),  # Pillow rotates several times as fast as tensors do on a CPU
+        v2.RandomRotation(15, interpolation=v2.InterpolationMode.BILINEAR),
+        v2.RandomHorizontalFlip(),
+        v2.RandomResizedCrop(size, scale=(0.8, 1.0)),
+        v2.PILToTensor()])
+
+
+def normalise(pictures: Tensor, mean: Sequence[float] | Tensor,
+              std: Sequence[float] | Tensor) -> Tensor:
+    """Bytes [..., 3, H, W] to float32: as 0 to 1, minus `mean`, by `std` of each channel (paper,
+    section IV.A). Shown in 05.
+    """
+    mean, std = (torch.as_tensor(x, device=pictures.device).view(3, 1, 1) for x in (mean, std))
+    return (pictures.float() / 255 - mean) / std
+
+
 class ImageEncoder(nn.Module):
     """A network without its classification layer: one vector a picture, [N, width].
 
@@ -1158,31 +1180,6 @@ def resample_common(runs: Sequence[Run]) -> Resamples:
                 predicted[f"{run.split} {name}"] = labels[places]
     truth = tests[0].loc[common, "label_id"].to_numpy()
     return resample(truth, predicted, "macro_f1", runs[0].profile.bootstrap)
-
-
-def compare(run: Run, other: Run) -> pd.DataFrame:
-    """Accuracy of each model in two runs (percent), on the test products of both, and the exact
-    McNemar test of the difference; of fusions the first seed.
-
-    ValueError if the runs score different products, as two splits or seeds do.
-    """
-    kept = [load_file(read_stage(each, "scores") / "predictions.safetensors")
-            for each in (run, other)]
-    if not torch.equal(kept[0].pop("product_id"), kept[1].pop("product_id")):
-        raise ValueError(f"{run.name} and {other.name} score different products, so they cannot be "
-                         "compared row by row; take the same rows, split and seed")
-    truth = kept[0]["label_id"].numpy()
-    rows = []
-    for model in model_order(run):
-        if model not in kept[0] or model not in kept[1]:  # a fusion of one's own
-            continue
-        first, second = (predictions[model].argmax(-1).reshape(len(truth), -1)[:, 0].numpy()
-                         for predictions in kept)
-        only_first, only_second, p = mcnemar(truth, first, second)
-        rows.append({"model": model, "n": len(truth), "accuracy": 100 * (first == truth).mean(),
-                     "other: accuracy": 100 * (second == truth).mean(),
-                     "only this right": only_first, "only other right": only_second, "p": p})
-    return pd.DataFrame(rows)
 
 
 # ==================================================================================================

@@ -13,7 +13,6 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from engine.files import hash_source, one_line
 from engine.fingerprint import content
@@ -151,28 +150,6 @@ def refusal(network: nn.Module, width: int, side: int) -> str:
 
 
 # --- pictures -------------------------------------------------------------------------------------
-def augmentation(size: int) -> v2.Transform:
-    """Random rotation, flip and crop of training pictures (paper, section IV.A); uint8 to uint8.
-
-    Shown in 05.
-    """
-    return v2.Compose([
-        v2.ToPILImage(),  # Pillow rotates several times as fast as tensors do on a CPU
-        v2.RandomRotation(15, interpolation=v2.InterpolationMode.BILINEAR),
-        v2.RandomHorizontalFlip(),
-        v2.RandomResizedCrop(size, scale=(0.8, 1.0)),
-        v2.PILToTensor()])
-
-
-def normalise(pictures: Tensor, mean: Sequence[float] | Tensor,
-              std: Sequence[float] | Tensor) -> Tensor:
-    """Bytes [..., 3, H, W] to float32: as 0 to 1, minus `mean`, by `std` of each channel (paper,
-    section IV.A). Shown in 05.
-    """
-    mean, std = (torch.as_tensor(x, device=pictures.device).view(3, 1, 1) for x in (mean, std))
-    return (pictures.float() / 255 - mean) / std
-
-
 # --- weights --------------------------------------------------------------------------------------
 @content(lambda run: hash_source(image_weights(run)))
 def image_weights(run: Run) -> str:

@@ -1,17 +1,22 @@
-"""The paper's Tables I to V with our scores in its rows, and what a reader has to know of them."""
+"""The paper's Tables I to V with our scores in its rows, what a reader has to know of them, and two
+runs side by side.
+"""
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+import torch
 from pandas.io.formats.style import Styler
+from safetensors.torch import load_file
 
 from engine.catalogue import load_published
 from engine.runs import Run, from_root
-from engine.scores import metric_name, score_table, who_beats_whom
+from engine.scores import mcnemar, metric_name, score_table, who_beats_whom
 from engine.settings import PROFILES, SLOTS, one_of
 from engine.stages import is_made, read_manifest, read_stage
+from engine.variants import display_name
 
 TABLES = {"I": "90-10", "II": "90-10", "III": "90-10", "IV": "80-20", "V": "80-20"}
 # The paper's rows, as data/published_results.csv names them, and our models.
@@ -106,6 +111,31 @@ def over_seeds(runs: Sequence[Run]) -> pd.DataFrame:
         of_seed = groups[metric]
         found[metric], found[f"{metric}, deviation"] = of_seed.mean(), of_seed.std(ddof=1)
     return pd.DataFrame(found).round(2).reset_index(drop=True)
+
+
+def compare(run: Run, other: Run) -> pd.DataFrame:
+    """Accuracy of each model in two runs (percent), on the test products of both, and the exact
+    McNemar test of the difference; of fusions the first seed.
+
+    ValueError if the runs score different products, as two splits or seeds do.
+    """
+    kept = [load_file(read_stage(each, "scores") / "predictions.safetensors")
+            for each in (run, other)]
+    if not torch.equal(kept[0]["product_id"], kept[1]["product_id"]):
+        raise ValueError(f"{run.name} and {other.name} score different products, so they cannot be "
+                         "compared row by row; take the same rows, split and seed")
+    truth = kept[0]["label_id"].numpy()
+    rows = []
+    order = pd.read_csv(read_stage(run, "scores") / "scores.csv")["model"]
+    for model in order[order.isin(list(kept[1]))]:  # a fusion of one's own may be in one alone
+        first, second = (predictions[model].argmax(-1).reshape(len(truth), -1)[:, 0].numpy()
+                         for predictions in kept)
+        only_first, only_second, p = mcnemar(truth, first, second)
+        rows.append({"model": display_name(model), "n": len(truth),
+                     "accuracy": 100 * (first == truth).mean(),
+                     "other: accuracy": 100 * (second == truth).mean(),
+                     "only this right": only_first, "only other right": only_second, "p": p})
+    return pd.DataFrame(rows)
 
 
 def rows_note(run: Run) -> str:

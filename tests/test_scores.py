@@ -186,7 +186,7 @@ def test_a_table_says_what_ran_and_why_the_papers_figures_are_another_matter(sco
     run = h.open_run("paper", "90-10", 0, changes)
     readable = h.readable_table(h.paper_table(scores, "I"), run)
     assert readable["model"][0] == first
-    assert readable.columns[-2:].tolist() == [f"{why}: accuracy", f"{why}: macro_f1"]
+    assert readable.columns[-2:].tolist() == [f"{why}: accuracy", f"{why}: macro-F1"]
     last = "SE-ResNeXt-50 (small)" if "seresnext" in changes else "SE-ResNeXt-50"
     assert readable["model"].tolist()[-1] == last
 
@@ -194,7 +194,7 @@ def test_a_table_says_what_ran_and_why_the_papers_figures_are_another_matter(sco
 def test_the_samples_tables_name_the_small_encoders_and_the_other_data(scores):
     readable = h.readable_table(h.paper_table(scores, "I"), h.open_run("sample", "90-10", 0))
     assert readable["model"][0] == "CamemBERT (small) description"
-    assert readable.columns[-1] == "paper (other data, other encoders): macro_f1"
+    assert readable.columns[-1] == "paper (other data, other encoders): macro-F1"
 
 
 COMPARED = [("concat-concat", "concat-add", 3.0, 0.01),
@@ -307,6 +307,7 @@ def scored(make_run, fake_stage):
                        in RIGHT[run.profile.clean].items()}
         h.save_tensors(folder / "predictions.safetensors", range(first, first + 8),
                        label_id=EIGHT, **predictions)
+        h.save_table(folder / "scores.csv", pd.DataFrame({"model": list(predictions)}))
 
     def prepare(**changes):
         run = make_run(**changes)
@@ -321,9 +322,9 @@ def test_two_runs_are_compared_as_counted_by_hand(scored):
     table = h.compare(scored(), scored(clean="light"))
     # Of the fusion: four both right, three only here, one only there, none both wrong.
     p = {"concat-add": 2 * (1 + 4) / 2 ** 4, "TF-IDF title": 1.0, "camembert_title": 2 / 2 ** 4}
-    rows = [("TF-IDF title", 8, 50.0, 50.0, 0, 0, p["TF-IDF title"]),
-            ("camembert_title", 8, 0.0, 50.0, 0, 4, p["camembert_title"]),
-            ("concat-add", 8, 87.5, 62.5, 3, 1, p["concat-add"])]
+    rows = [("text concat + final add", 8, 87.5, 62.5, 3, 1, p["concat-add"]),
+            ("TF-IDF title", 8, 50.0, 50.0, 0, 0, p["TF-IDF title"]),
+            ("CamemBERT title", 8, 0.0, 50.0, 0, 4, p["camembert_title"])]
     assert table.columns.tolist() == ["model", "n", "accuracy", "other: accuracy",
                                       "only this right", "only other right", "p"]
     assert list(table.itertuples(index=False, name=None)) == [pytest.approx(row) for row in rows]
