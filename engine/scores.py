@@ -45,7 +45,7 @@ def bootstrap(truth: Sequence[int], predicted: Sequence[int], resamples: int,
     corrects such a bias. Above 2,000 rows, where its cost grows with their square and the bias is
     gone, it is the percentile interval. Shown in 08.
     """
-    classes = 1 + int(max(np.max(truth), np.max(predicted)))
+    classes = count_classes(truth, predicted)
     cells = confusion_cells(truth, predicted, classes)
 
     def metrics(rows: np.ndarray) -> np.ndarray:
@@ -83,6 +83,11 @@ def seed_variance(value: np.ndarray, drawn: np.ndarray) -> float:
     alone, together = drawn.var(0, ddof=1).mean(), drawn.mean(1).var(ddof=1)
     of_rows = (alone - together) * seeds / (seeds - 1)
     return max(0.0, value.var(ddof=1) - of_rows) / seeds
+
+
+def count_classes(*labels: Sequence[int]) -> int:
+    """How many classes there are at least, by the largest label of all; arrays or tensors."""
+    return 1 + max(int(np.max(np.asarray(each))) for each in labels)
 
 
 def confusion_cells(truth: Sequence[int], predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -163,7 +168,7 @@ def resample(truth: Sequence[int], predicted: dict[str, np.ndarray], metric: str
              resamples: int, seed: int = 0) -> Resamples:
     """`metric` of models whose labels are [N] or [N, seeds], on `resamples` draws of rows."""
     place, rng = METRICS.index(metric), np.random.default_rng(seed)
-    classes = 1 + int(max(np.max(truth), *map(np.max, predicted.values())))
+    classes = count_classes(truth, *predicted.values())
     rows = rng.integers(len(truth), size=(resamples, len(truth)))
     value, drawn = {}, {}
     for model, labels in predicted.items():

@@ -18,7 +18,7 @@ from commands.plan import stage_names
 from engine.claims import CLAIMS
 from engine.paper_tables import ahead_of_all, over_seeds
 from engine.runs import runs_folder
-from engine.scores import confusion_cells, scores_of_cells
+from engine.scores import bootstrap, confusion_cells, count_classes, scores_of_cells
 from engine.settings import OTHER_FUSIONS
 
 # Six rows of three classes: class 0 has 2 of 3 right, class 1 has 1 of 2, class 2 has 1 of 1.
@@ -421,3 +421,12 @@ def test_the_picture_encoder_alone_is_scored_on_whole_pictures(run, tmp_path, mo
     found = h.encoder_probabilities(run, "seresnext", [1, 2, 3, 4])
     expected = h.head_probabilities(tmp_path / "seresnext", features["image_whole"])
     assert torch.equal(found, expected)
+
+
+def test_labels_may_be_tensors_of_any_number_of_classes():
+    truth, predicted = random_rows(40, classes=3)
+    by_array = bootstrap(truth, predicted, 50)
+    assert bootstrap(torch.tensor(truth), torch.tensor(predicted), 50) == by_array
+    seeds = np.stack([predicted, truth], 1)
+    assert count_classes(truth, torch.tensor(seeds)) == 3
+    assert count_classes([0, 1], np.array([[4], [0]])) == 5
