@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModel, CamembertConfig, FlaubertConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, CamembertConfig, FlaubertConfig, PretrainedConfig
 
 import helpers as h
 from commands.encoders import listed_config
@@ -57,7 +57,7 @@ BASE_CONFIGS = {
     "flaubert": FlaubertConfig(vocab_size=68_729, emb_dim=768, n_layers=12, n_heads=12)}
 
 
-def text_config(profile: Profile, encoder: str) -> PreTrainedConfig | None:
+def text_config(profile: Profile, encoder: str) -> PretrainedConfig | None:
     """A small encoder's configuration, or a checkpoint's; None if it is not known here."""
     source = getattr(profile, encoder)
     if source == "small":

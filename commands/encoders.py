@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModel, PretrainedConfig
 
 import helpers as h
 from engine.files import one_line
@@ -42,13 +42,13 @@ def encoder_rows() -> Iterator[dict[str, str]]:
             yield {"slot": slot, "name": entry["name"], **row}
 
 
-def listed_config(name: str) -> PreTrainedConfig | None:
+def listed_config(name: str) -> PretrainedConfig | None:
     """The configuration of a text encoder in data/encoders.toml; None of another."""
     entries = [entry for entry in read_encoders()["text"] if entry["name"] == name]
     return config_of(entries[0]) if entries else None
 
 
-def config_of(entry: dict, **changes: int) -> PreTrainedConfig:
+def config_of(entry: dict, **changes: int) -> PretrainedConfig:
     """An entry's configuration, with some of its sizes changed."""
     return CONFIG_MAPPING[entry["type"]](**entry["config"] | changes)
 

@@ -152,7 +152,10 @@ def test_what_is_installed_elsewhere_is_what_colab_lacks_and_as_pinned():
     elsewhere = colab_check.pins(colab_check.ELSEWHERE)
     there = colab_check.pins(colab_check.VERSIONS)
     assert colab_check.lacking() <= set(elsewhere) and not set(elsewhere) & set(there)
-    assert {name: PINS[name] for name in elsewhere} == elsewhere
+    lines = colab_check.ELSEWHERE.read_text(encoding="utf-8").splitlines()
+    for line in lines:  # another version than the pinned one has its reason behind it
+        name, _, version = line.partition("#")[0].strip().partition("==")
+        assert not name or version == PINS[colab_check.plain(name)] or "  # not " in line, line
     assert {"torch", "transformers", "numpy", "pandas", "scikit-learn"} <= set(there)
 
 
