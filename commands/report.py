@@ -129,7 +129,13 @@ def _without_traces(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for cell in book.cells:
         cell.metadata = {key: cell.metadata[key] for key in ("tags", "slideshow")
                          if cell.metadata.get(key)}
-        if cell.cell_type == "code":  # a finished progress line is an empty output
+    drop_finished_progress(book)
+    return book
+
+
+def drop_finished_progress(book: nbformat.NotebookNode) -> None:
+    """Remove what is left of a progress line that has come to its end: an empty output."""
+    for cell in book.cells:
+        if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs
                             if output.get("data", {}).get("text/markdown") != ""]
-    return book

@@ -15,7 +15,14 @@ import pandas as pd
 
 import helpers as h
 from commands.plan import Step, runs_of, state
-from commands.report import ABOUT_CLAIMS, read_claims, read_own, read_seeds, read_tables
+from commands.report import (
+    ABOUT_CLAIMS,
+    drop_finished_progress,
+    read_claims,
+    read_own,
+    read_seeds,
+    read_tables,
+)
 from engine import settings
 from engine.files import read_json, temporary_folder, write_text
 from engine.keys import folder_of, manifest_of
@@ -106,6 +113,7 @@ def prepare(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """An executed notebook as a page: captions without their code, figures with their captions as
     alternative text, links that hold in the site.
     """
+    drop_finished_progress(book)
     for cell, caption in zip(book.cells, captions_of(book)):
         if cell.cell_type == "markdown":
             cell.source = cell.source.replace("](../README.md)", "](../about.md)")
@@ -162,8 +170,9 @@ def write_index(plan: list[Step], runs: list[tuple[str, list[str]]], source: Pat
     tables = [(title, "" if table is None else h.style_table(table, its_run).to_html())
               for title, its_run, table in read_tables(plan)]
     tables += [(title, to_html(table)) for title, table in [*read_own(plan), *read_seeds(plan)]]
-    recommended = [(each, h.read_manifest(each, "claims")["metrics"]["recommended"])
-                   for each in runs_of(plan) if is_made(each, "claims")]
+    chosen = [(each, h.read_manifest(each, "claims")["metrics"]["recommended"])
+              for each in runs_of(plan) if is_made(each, "claims")]
+    recommended = [(each, h.display_name(model)) for each, model in chosen]
     title = ", ".join(["Hierarchical fusion", f"profile {run.profile.name}",
                        f"{run.protocol} rows", *run.told])
     page = TEMPLATES.get_template("index.md.jinja").render(

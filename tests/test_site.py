@@ -46,6 +46,11 @@ def test_a_page_has_alternative_texts_and_no_code_of_captions():
                                     "[Z](../own_fusion.md).")
 
 
+def test_a_finished_progress_line_leaves_nothing_on_a_page():
+    page = prepare(book(("work()", [said(""), said("*Result.*"), said("")])))
+    assert [output["data"]["text/markdown"] for output in page.cells[0].outputs] == ["*Result.*"]
+
+
 def test_links_of_the_repository_are_links_of_the_site():
     text = ("[a](notebooks/07_x.ipynb) [b](data/README.md) [c](figures/f.png) [d](https://x.org) "
             "[e](docs/gpus.md)")
