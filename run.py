@@ -4,6 +4,7 @@
     python run.py status     what is done, what is stale, what is missing; --disk: what it takes
     python run.py settings   every setting with its default in each profile, unit and source
     python run.py doctor     whether all that a run needs is there
+    python run.py rehearse   the heavy stages for a few steps: hours on this machine, measured
     python run.py report     write the report again
     python run.py stage      make stages without their notebooks
     python run.py import     a catalogue of one's own, from a table, for --set data=<folder>
@@ -28,12 +29,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from commands import options
 from commands import plan as plans
 from commands.options import make_plan
-from engine.settings import PROFILES, one_of, setting_names
+from engine.settings import one_of
 
 gc.disable()  # helpers.py, where the libraries are, begins to look for garbage
 console = Console()
@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     add = command(doctor)
     add("--all-pictures", action="store_true", help="decode all, not 500")
     add("--encoders", action="store_true", help="encoders that fit the slots, each built and tried")
+    command(rehearse)
     command(report)
     command(stage)("names", nargs="*", metavar="STAGE", help="none: all, in order")
     options.import_options(command(import_, ()))
@@ -134,32 +135,16 @@ def make_sample(plan: list[plans.Step]) -> None:
 def status(words: argparse.Namespace) -> None:
     """Say what is done, stale, damaged or missing; with --disk what each stage takes."""
     plan = make_plan(words)
-    if words.disk:
-        from commands.store import print_disk
+    from commands.store import print_disk, print_states
 
+    if words.disk:
         return print_disk(console)
-    table = Table("notebook", "split", "seed", "state", "seconds", "peak memory (GB)")
-    for step in plan:
-        done = plans.read_json(step.manifest) or {}
-        numbers = (str(done.get(name, "")) for name in ("seconds", "peak_memory_gb"))
-        table.add_row(step.notebook, step.run.split, str(step.run.seed), plans.state(step),
-                      *numbers)
-    console.print(table)
-    for note in plans.notes_on_versions(plan):
-        console.print(note, highlight=False, soft_wrap=True)
-    return None
+    return print_states(console, plan)
 
 
 def settings(words: argparse.Namespace) -> None:
     """Print every setting with its default in each profile, its unit and its source."""
-    from engine.settings import about
-
-    table = Table("setting", *PROFILES, "unit", "what it is", "source")
-    for name in setting_names():
-        defaults = [str(getattr(profile, name)) for profile in PROFILES.values()]
-        meaning, unit, source = about(name)
-        table.add_row(name, *defaults, unit, meaning, source)
-    console.print(table)
+    options.print_settings(console)
 
 
 def doctor(words: argparse.Namespace) -> int:
@@ -174,6 +159,17 @@ def doctor(words: argparse.Namespace) -> int:
     checks = check_up(plan[0].run, words.all_pictures)
     print_checks(console, checks)
     return int(any(check.state == "fatal" for check in checks))
+
+
+def rehearse(words: argparse.Namespace) -> None:
+    """Run the heavy stages for a few steps at their real size: hours on this very machine."""
+    plan = make_plan(words)
+    from commands.doctor import refuse_fatal
+    from commands.rehearse import print_rehearsal
+
+    runs = plans.runs_of(plan)
+    refuse_fatal(*runs, needs_catalogue=False)
+    print_rehearsal(console, runs)
 
 
 def report(words: argparse.Namespace) -> None:

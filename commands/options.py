@@ -6,8 +6,11 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+
 from commands import plan as plans
-from engine.settings import PROFILES, SPLITS, parse_settings
+from engine.settings import PROFILES, SPLITS, about, parse_settings, setting_names
 
 
 def grid_options() -> argparse.ArgumentParser:
@@ -75,3 +78,13 @@ def make_plan(words: argparse.Namespace) -> list[plans.Step]:
     protocol = {"rows": words.rows, "grouped": words.grouped or None, "limit": words.limit}
     changes |= {name: value for name, value in protocol.items() if value is not None}
     return plans.make_plan(words.profile, words.split or list(SPLITS), words.seed or [0], changes)
+
+
+def print_settings(console: Console) -> None:
+    """Every setting with its default in each profile, its unit and its source, as a table."""
+    table = Table("setting", *PROFILES, "unit", "what it is", "source")
+    for name in setting_names():
+        defaults = [str(getattr(profile, name)) for profile in PROFILES.values()]
+        meaning, unit, source = about(name)
+        table.add_row(name, *defaults, unit, meaning, source)
+    console.print(table)

@@ -1,4 +1,4 @@
-"""What the stages take on the disk, and which of them no run names any more."""
+"""What is done, what the stages take on the disk, and which of them no run names any more."""
 from __future__ import annotations
 
 import shutil
@@ -8,9 +8,23 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
+from commands import plan as plans
 from engine.files import read_json
 from engine.keys import folder_of, manifest_of
 from engine.runs import runs_folder
+
+
+def print_states(console: Console, plan: list[plans.Step]) -> None:
+    """Whether each notebook of a plan is done, stale, damaged or missing, and what it took."""
+    table = Table("notebook", "split", "seed", "state", "seconds", "peak memory (GB)")
+    for step in plan:
+        done = read_json(step.manifest) or {}
+        numbers = (str(done.get(name, "")) for name in ("seconds", "peak_memory_gb"))
+        table.add_row(step.notebook, step.run.split, str(step.run.seed), plans.state(step),
+                      *numbers)
+    console.print(table)
+    for note in plans.notes_on_versions(plan):
+        console.print(note, highlight=False, soft_wrap=True)
 
 
 def stage_folders() -> list[Path]:
