@@ -225,6 +225,11 @@ def hours_of(each: Rehearsed, profile: Profile, split: str, rows: int) -> float:
     return (often * train * each.training + rows * each.reading) / 3600
 
 
+def study_hours(each: Rehearsed, runs: Sequence[Run], rows: int) -> float:
+    """Hours that a stage takes in all runs together."""
+    return sum(hours_of(each, run.profile, run.split, rows) for run in runs)
+
+
 def print_rehearsal(console: Console, runs: Sequence[Run]) -> None:
     """Speed, memory, share of the peak and hours of each heavy stage; hours by workers."""
     profile = runs[0].profile
@@ -237,8 +242,7 @@ def print_rehearsal(console: Console, runs: Sequence[Run]) -> None:
     for name in ("stage", "rows a second, training", "reading", "share of the peak", "memory (GB)",
                  "hours, all runs"):
         table.add_column(name, justify="left" if name == "stage" else "right")
-    hours = {each.stage: sum(hours_of(each, profile, run.split, sizes.rows) for run in runs)
-             for each in found}
+    hours = {each.stage: study_hours(each, runs, sizes.rows) for each in found}
     for each in found:
         share = each.flop / each.training / peak if each.training else math.nan
         table.add_row(each.stage, *(costs.readable_number(value) for value in (
