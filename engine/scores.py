@@ -94,8 +94,8 @@ def confusion_cells(truth: Sequence[int], predicted: np.ndarray, classes: int) -
     """The cell of the confusion matrix, true * classes + predicted, of each row and seed, [N,
     seeds].
     """
-    truth = np.asarray(truth)
-    return truth[:, None] * classes + np.reshape(predicted, (len(truth), -1))
+    truth, predicted = np.asarray(truth), np.asarray(predicted)
+    return truth[:, None] * classes + predicted.reshape(len(truth), -1)
 
 
 def scores_of_cells(cells: np.ndarray, classes: int) -> np.ndarray:
