@@ -59,6 +59,7 @@ from engine.catalogue import (
     load_catalogue,
     load_classes,
     load_published,
+    load_rakuten_classes,
     load_released,
     load_text_lengths,
     sample_generator,
