@@ -234,6 +234,8 @@ def print_rehearsal(console: Console, runs: Sequence[Run]) -> None:
     """Speed, memory, share of the peak and hours of each heavy stage; hours by workers."""
     profile = runs[0].profile
     sizes = costs.find_sizes(profile)
+    if profile.threads:  # as stages are made
+        torch.set_num_threads(profile.threads)
     peak = matrix_peak(precision(profile))
     found = rehearse(runs[0], sizes)
     table = Table(title=f"Profile {profile.name}, {sizes.rows:,} rows, {len(runs)} run(s), on "
