@@ -13,6 +13,7 @@ from PIL import Image
 
 import helpers as h
 from commands.importing import Columns, import_catalogue
+from commands.site import report_folder
 from conftest import ROOT, SMALL, isolate
 from engine.catalogue import load_catalogue
 from engine.settings import TEXT_STAGES
@@ -146,9 +147,8 @@ def test_the_chain_runs_on_its_own_classes(studied):
 def test_what_belongs_to_the_paper_alone_is_left_out_and_said_so(studied):
     run, ended = studied
     assert "the paper's figures are left out" in ended.stdout and "92.67" not in ended.stdout
-    report = run.folder.parents[1] / "report"
-    for page in ("index.html", f"90-10-{run.folder.name}/08_result_tables.html"):
-        text = BeautifulSoup((report / page).read_text(), "html.parser").get_text()
+    for page in ("index.html", "90-10-seed0/08_result_tables.html"):
+        text = BeautifulSoup((report_folder(run) / page).read_text(), "html.parser").get_text()
         assert "Rakuten France" not in text and "synthetic sample" not in text
 
 
