@@ -11,9 +11,10 @@ import pandas as pd
 from PIL import Image
 from rich.console import Console
 
-from engine.catalogue import LAYOUTS, OWN_CLASSES, first_fault, refuse_bad_rows
+from engine.catalogue import LAYOUTS, first_fault, refuse_bad_rows
 from engine.files import one_line
 from engine.pictures import picture_faults
+from engine.runs import OWN_CLASSES
 from engine.settings import FIELDS
 from engine.tables import WHOLE, split_rows
 from engine.texts import has_words

@@ -13,7 +13,7 @@ import pandas as pd
 from engine import settings
 from engine.files import file_stats, hash_file, lock_of, make_folder, read_json
 from engine.fingerprint import content
-from engine.runs import Run, cache_folder
+from engine.runs import OWN_CLASSES, Run, cache_folder
 from engine.settings import FIELDS
 from engine.tables import WHOLE, read_table
 from engine.texts import strip_html
@@ -38,7 +38,6 @@ LAYOUTS = {
                                         "images")}},
 }
 CLASSES = settings.ROOT / "data" / "rakuten_classes.csv"
-OWN_CLASSES = "classes.csv"  # beside the tables of a catalogue that is not Rakuten's
 PUBLISHED = settings.ROOT / "data" / "published_results.csv"
 RELEASED = settings.ROOT / "data" / "released_code.csv"
 

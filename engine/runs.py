@@ -24,6 +24,8 @@ from engine.settings import (
     setting_names,
 )
 
+OWN_CLASSES = "classes.csv"  # beside the tables of a catalogue that is not Rakuten's
+
 
 @dataclass(frozen=True)
 class Run:
@@ -137,7 +139,7 @@ class Run:
     @property
     def own_catalogue(self) -> bool:
         """Whether its products are neither Rakuten's nor the sample's: of other classes."""
-        return not self.synthetic and (self.data_folder / "classes.csv").exists()
+        return not self.synthetic and (self.data_folder / OWN_CLASSES).exists()
 
     @property
     def data_name(self) -> str:
