@@ -198,8 +198,8 @@ def rehearse_fusion(run: Run, widths: dict[str, int]) -> Rehearsed:
                            seed=0, label="rehearsal")
 
     seconds = seconds_a_step(work) / batch / len(models)
-    flop = np.mean([network.training for network in costs.fusion_networks(
-        profile.project, **widths)])
+    networks = costs.fusion_networks(profile.project, **widths)  # the table's come first
+    flop = np.mean([network.training for network in networks[:len(models)]])
     return Rehearsed("fusion", seconds, 0.0, float(flop), memory_gb())
 
 
