@@ -68,9 +68,8 @@ def read_own(plan: list[Step]) -> list[tuple[str, pd.DataFrame]]:
         if own and is_made(run, "scores"):
             scores = pd.read_csv(h.read_stage(run, "scores") / "scores.csv")
             chosen = scores[scores["model"].isin([*h.TABLE_FUSIONS, *own])]
-            data = "the synthetic sample" if run.synthetic else "Rakuten France"
-            title = (f"Own fusions beside the paper's, split {run.split}, seed {run.seed}, {data}: "
-                     "percent, 95% bootstrap intervals, test part")
+            title = (f"Own fusions beside the paper's, split {run.split}, seed {run.seed}, "
+                     f"{run.data_name}: percent, 95% bootstrap intervals, test part")
             tables.append((title, h.score_table(chosen.to_dict("records"))))
     return tables
 
