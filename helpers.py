@@ -660,7 +660,7 @@ def region_vectors(encoder: ImageEncoder, profile: Profile,
     pictures = pictures_of(profile.region_size)
     encoder = encoder.train(mode == "train").to(device(), memory_format=torch.channels_last)
     # On a CPU few pictures at a time: their tiles suit the cache best.
-    batch = profile.image_batch if device().type == "cuda" else 4
+    batch = profile.region_batch or (profile.image_batch if device().type == "cuda" else 4)
 
     def vectors(pixels: Tensor) -> Tensor:
         return regional_features(encoder, pixels, profile.grid)

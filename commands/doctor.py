@@ -11,6 +11,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -129,6 +130,17 @@ def check_machine(run: Run) -> list[Check]:
     return checks
 
 
+def check_report(run: Run) -> list[Check]:
+    """Whether the package is here to which fine-tuning is to report."""
+    where = run.profile.report_to
+    if where == "none":
+        return []
+    packages = {"tensorboard": ("tensorboardX", "tensorboard")}.get(where, (where,))
+    lacks = not any(map(find_spec, packages))
+    return [judge("report_to", where, f"no package {where} is installed" * lacks,
+                  f".venv/bin/python -m pip install {packages[0]}, or set report_to=none")]
+
+
 def check_versions(run: Run) -> list[Check]:
     """Installed libraries beside the pins of requirements.txt."""
     lines = (settings.ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
@@ -151,6 +163,7 @@ def check_versions(run: Run) -> list[Check]:
 # catalogue too. The others are the doctor's.
 CHECKS = {
     check_places: "settings",
+    check_report: "settings",
     check_networks: "settings",
     check_weights_here: "settings",
     check_weights_on_hub: "doctor",

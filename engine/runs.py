@@ -192,6 +192,11 @@ def runs_folder() -> Path:
     return _folder("STUDY_RUNS", "runs")
 
 
+def log_folder(stage: str) -> Path:
+    """Where TensorBoard's log of a training lies: beside the stages, which do not contain it."""
+    return runs_folder() / "logs" / stage.removesuffix(".partial")
+
+
 def cache_folder() -> Path:
     """`data/cache`, or the folder that STUDY_CACHE names; ValueError if that is a file."""
     return _folder("STUDY_CACHE", "data/cache")

@@ -192,6 +192,10 @@ class Profile:
     processes: CountOr0 = setting(0, "make one stage together; 0: one for each GPU", "processes")
     loader_workers: Workers = setting(
         -1, "load pictures for fine-tuning; -1: none on a CPU, up to 8 for a GPU", "processes")
+    region_batch: CountOr0 = setting(
+        0, "whose regions are read at a time; 0: image_batch on a GPU, 4 on a CPU", "pictures")
+    report_to: Literal["none", "tensorboard", "mlflow", "wandb"] = setting(
+        "none", "where fine-tuning logs its losses and scores while it runs")
     as_released: bool = setting(
         False, "notebook 10 trains two text encoders and an image network like the released code's")
     cache_pictures: bool = setting(True, "decoded pictures are kept; False: decoded each time")
@@ -209,9 +213,9 @@ PROFILES = {
         flaubert="almanach/camembertav2-base", regions="feature_map",
         seresnext="timm/convnext_base.fb_in22k_ft_in1k", fusion_seeds=5),
 }
-# Settings that decide how fast a stage is made and in how much memory, not what it contains.
+# Settings that decide how a stage is made, how fast and in how much memory, not what it contains.
 SPEED_ONLY = ("gradient_checkpointing", "checkpoint_steps", "threads", "deterministic",
-              "processes", "loader_workers", "cache_pictures")
+              "processes", "loader_workers", "region_batch", "report_to", "cache_pictures")
 IN_FOLDER = ("rows", "grouped", "limit", "freeze_encoders")  # settings that name a folder of runs
 # What `protocol=<name>` stands for; what else the released code does is a word of a variant's name.
 PROTOCOLS = {"as-described": {}, "as-released": {"texts": "joined", "image_weights": "none",

@@ -6,6 +6,7 @@ that runs out and several processes are dealt with below.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from engine.checkpoints import is_trained, last_checkpoint, seal_checkpoint, sea
 from engine.files import read_json
 from engine.processes import device, group, wait_for_file
 from engine.progress import Progress, cores
+from engine.runs import log_folder
 from engine.settings import Profile
 from engine.tensors import save_table, save_weights
 
@@ -176,6 +178,7 @@ def training_arguments(profile: Profile, folder: Path, batch: int, rows: int,
     a device at a time.
     """
     cuda, dtype = device().type == "cuda", precision(profile)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(log_folder(folder.name))  # the one way to say it
     arguments = TrainingArguments(
         output_dir=folder / "checkpoints", max_grad_norm=1.0, lr_scheduler_type="linear",
         per_device_train_batch_size=rows, per_device_eval_batch_size=2 * rows,
@@ -186,7 +189,7 @@ def training_arguments(profile: Profile, folder: Path, batch: int, rows: int,
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=not cuda,
         torch_compile_backend=None if profile.compile == "off" else profile.compile,
         dataloader_pin_memory=cuda, label_names=["labels"], remove_unused_columns=False,
-        report_to="none", disable_tqdm=True, **more)
+        report_to=profile.report_to, run_name=folder.name, disable_tqdm=True, **more)
     # Otherwise one process would spread each batch over all GPUs.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments

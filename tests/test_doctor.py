@@ -435,6 +435,12 @@ def test_a_study_stops_at_the_first_fatal_check_with_its_remedy(catalogue, monke
     assert "no catalogue in" in refusal(paper_run(**SMALL_ENCODERS))
 
 
+def test_a_report_to_a_package_that_is_not_here_is_refused():
+    with pytest.raises(ValueError, match="no package wandb is installed; .*pip install wandb"):
+        doctor.refuse_fatal(paper_run(**SMALL_ENCODERS, report_to="wandb"), needs_catalogue=False)
+    doctor.refuse_fatal(paper_run(**SMALL_ENCODERS, report_to="tensorboard"), needs_catalogue=False)
+
+
 def test_a_class_of_too_few_rows_is_refused_at_once(tiny_ens, tmp_path, monkeypatch):
     isolate(monkeypatch, tmp_path, tiny_ens)
     table, codes = tiny_ens / "X_train_update.csv", tiny_ens / "Y_train_CVw08PX.csv"

@@ -1,6 +1,7 @@
 """Fine-tuning: learns, keeps the best epoch, repeats itself, goes on after a kill where it was."""
 import os
 import signal
+import struct
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from pandas.testing import assert_frame_equal
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
+from tensorboardX.proto import event_pb2
 from torch.utils.data import default_collate
 from transformers import TrainerState, set_seed
 
@@ -94,6 +96,35 @@ def test_loss_falls_and_the_curve_has_one_row_an_epoch(tmp_path):
     assert curve["val_macro_f1"].max() > 0.9
     assert model.encoder.modes == {True, False}  # train mode to learn, eval mode to score
     assert [path.name for path in tmp_path.iterdir()] == ["curve.csv"]  # no checkpoints left
+
+
+def test_report_to_logs_the_curve_while_it_trains_and_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("STUDY_RUNS", str(tmp_path / "runs"))
+    folder = tmp_path / "camembert_title-0123.partial"
+    folder.mkdir()
+    curve = train(folder, epochs=3, report_to="tensorboard")[1]
+    assert [path.name for path in folder.iterdir()] == ["curve.csv"]
+    (log,) = (tmp_path / "runs" / "logs" / "camembert_title-0123").iterdir()
+    logged = scalars(log)
+    for name, column in (("train/loss", "train_loss"), ("eval/macro_f1", "val_macro_f1"),
+                         ("eval/cross_entropy", "val_loss")):
+        assert logged[name] == pytest.approx(curve[column].tolist(), rel=1e-3), name
+    (tmp_path / "silent").mkdir()
+    assert_frame_equal(train(tmp_path / "silent", epochs=3)[1], curve)
+    assert len(list((tmp_path / "runs" / "logs").iterdir())) == 1  # off by default
+
+
+def scalars(log: Path) -> dict[str, list[float]]:
+    """{name: its values in order} of a file of TensorBoard's events."""
+    found, raw = {}, log.read_bytes()
+    while raw:  # length, its checksum, an event, its checksum
+        (length,) = struct.unpack("<Q", raw[:8])
+        event = event_pb2.Event.FromString(raw[12:12 + length])
+        raw = raw[12 + length + 4:]
+        for value in event.summary.value:
+            if value.WhichOneof("value") == "simple_value":
+                found.setdefault(value.tag, []).append(value.simple_value)
+    return found
 
 
 def test_model_that_is_left_is_the_best_epochs(tmp_path):

@@ -87,7 +87,7 @@ def test_choice_outside_the_list_is_named_with_the_list(name):
 
 def test_settings_with_a_list_of_choices():
     assert WITH_CHOICES == ["rows", "bad_rows", "clean", "texts", "pooling", "regions",
-                            "fusion_rows", "encoder_mode", "precision", "compile"]
+                            "fusion_rows", "encoder_mode", "precision", "compile", "report_to"]
     assert choices("rows") == ("described", "all") and choices("camembert") == ()
 
 

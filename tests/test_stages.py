@@ -782,7 +782,8 @@ REACH = [  # (settings, what is made again)
     ({"fusions": "tests/own_fusions.py"}, {"scores", "claims"}), ({"bad_rows": "set_aside"}, set()),
     ({"as_released": True}, set()), ({"image_weights": "none"}, set()),  # the small one has none
     ({"gradient_checkpointing": True, "checkpoint_steps": 1, "processes": 3, "loader_workers": 2,
-      "cache_pictures": False, "threads": 2, "deterministic": True}, set())]
+      "cache_pictures": False, "threads": 2, "deterministic": True, "region_batch": 2,
+      "report_to": "tensorboard"}, set())]
 
 
 def test_a_setting_reaches_what_stands_on_it_and_nothing_else(make_run, recipes):
