@@ -469,6 +469,15 @@ def text_vectors(encoder: TextEncoder, tokenizer, rows: list[dict], profile: Pro
     return encode_rows(encoder, order, inputs, 4 * profile.text_batch, precision(profile), label)
 
 
+def field_vectors(model: nn.Module, tokenizer, products: pd.DataFrame, name: str,
+                  profile: Profile, mode: str = "eval") -> Tensor:
+    """The vectors [N, d] that the text stage `name` holds of cleaned products [title, description].
+    """
+    texts = encoder_texts(products, name.rpartition("_")[2], profile.texts)
+    rows = tokenise(tokenizer, texts, profile.max_length)
+    return text_vectors(TextEncoder(model, profile.pooling), tokenizer, rows, profile, name, mode)
+
+
 @makes(*TEXT_STAGES, together=True)
 def build_text_encoder(run: Run, name: str, folder: Path) -> dict:
     """Stage `<encoder>_<field>`: the encoder fine-tuned on one field, and its features.
@@ -507,15 +516,14 @@ def build_text_vectors(run: Run, name: str, folder: Path) -> dict:
 
     It reads no split and no seed, so every run on the same rows shares it.
     """
-    profile, (encoder, field) = run.profile, name.removeprefix("vectors-").split("_")
+    profile, encoder = run.profile, name.removeprefix("vectors-").partition("_")[0]
     source = text_source(run, encoder)
     if source == "small":
         raise ValueError(f"freeze_encoders=True needs a checkpoint, and {encoder}=small has learnt "
                          f"nothing yet; set {encoder}=<checkpoint>")
     model, tokenizer = load_checkpoint(source, profile.max_length)
     text = read_cleaned(run)
-    rows = tokenise(tokenizer, encoder_texts(text, field, profile.texts), profile.max_length)
-    features = text_vectors(TextEncoder(model, profile.pooling), tokenizer, rows, profile, name)
+    features = field_vectors(model, tokenizer, text, name, profile)
     save_pretrained(folder / "encoder", model, tokenizer)
     save_tensors(folder / "features.safetensors", text["product_id"], features=features)
     return {"parameters": count_parameters(model)}
@@ -1039,12 +1047,9 @@ def encode_products(run: Run, text: pd.DataFrame, pictures_of: Callable[[int], S
         if symbol == "P":
             found[symbol] = vectors_of(load_image_encoder(run), profile, pictures_of, mode)
             continue
-        folder, field = read_stage(run, name) / "encoder", name.rpartition("_")[2]
+        folder = read_stage(run, name) / "encoder"
         model, tokenizer = load_checkpoint(str(folder), profile.max_length)
-        texts = encoder_texts(text, field, profile.texts)
-        rows = tokenise(tokenizer, texts, profile.max_length)
-        encoder = TextEncoder(model, profile.pooling)
-        found[symbol] = text_vectors(encoder, tokenizer, rows, profile, name, mode)
+        found[symbol] = field_vectors(model, tokenizer, text, name, profile, mode)
     return found
 
 
@@ -1209,10 +1214,7 @@ class ProductClassifier:
         """What an encoder's stage would hold of cleaned products, [N, width]; NaN: no picture."""
         profile = self.run.profile
         if name in self.readers:
-            model, tokenizer = self.readers[name]
-            texts = encoder_texts(products, name.rpartition("_")[2], profile.texts)
-            rows = tokenise(tokenizer, texts, profile.max_length)
-            return text_vectors(TextEncoder(model, profile.pooling), tokenizer, rows, profile, name)
+            return field_vectors(*self.readers[name], products, name, profile)
         there = products["picture"].to_numpy() != ""
         found = torch.full((len(there), self.image.width), torch.nan)
         if there.any():

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pandas as pd
 import sentencepiece
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
     CamembertConfig,
     CamembertModel,
-    CamembertTokenizer,
     FlaubertConfig,
     FlaubertModel,
     FlaubertTokenizer,
+    PreTrainedTokenizerFast,
 )
 
 from engine.files import write_json
@@ -55,8 +55,11 @@ def train_tokenizer(encoder: str, texts: Sequence[str], vocabulary: int, folder:
     return tokenizer
 
 
-def train_unigram(texts: Sequence[str], vocabulary: int) -> CamembertTokenizer:
-    """CamemBERT's tokenizer with pieces learnt from `texts`."""
+def train_unigram(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """CamemBERT's tokenizer with pieces learnt from `texts`.
+
+    Put together here, as the class CamembertTokenizer of transformers 4 cannot be given pieces.
+    """
     special = ("<s>", "<pad>", "</s>", "<unk>", "<mask>", "<s>NOTUSED", "</s>NOTUSED",
                "<unk>NOTUSED")
     own = 3  # SentencePiece's own <unk>, <s> and </s>, which come first
@@ -67,7 +70,16 @@ def train_unigram(texts: Sequence[str], vocabulary: int) -> CamembertTokenizer:
         character_coverage=1.0, normalization_rule_name="identity", num_threads=1, minloglevel=2)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=file.getvalue())
     learnt = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(own, len(pieces))]
-    return CamembertTokenizer(vocab=[(token, 0.0) for token in special] + learnt)
+    unigram = [(token, 0.0) for token in special] + learnt
+    tokenizer = Tokenizer(models.Unigram(unigram, unk_id=special.index("<unk>")))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", cls_token="<s>",
+        sep_token="</s>", unk_token="<unk>", pad_token="<pad>", mask_token="<mask>")
 
 
 def train_bpe(texts: Sequence[str], vocabulary: int, folder: Path) -> FlaubertTokenizer:

@@ -1,6 +1,7 @@
 """Text: cleaning against examples worked by hand, tokenizers, and encoders against one row at a
 time.
 """
+import json
 import time
 
 import nltk
@@ -11,7 +12,7 @@ import torch
 from bs4 import BeautifulSoup
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, CamembertTokenizer
 
 import helpers as h
 from conftest import tiny_products
@@ -254,6 +255,16 @@ def test_every_text_is_framed_and_no_known_letter_is_lost(tokenizers, encoder):
         assert row["input_ids"][-1] == tokenizer.sep_token_id
         assert tokenizer.unk_token_id not in row["input_ids"]
     assert tokenizer.unk_token_id in tokenizer("漢")["input_ids"]
+
+
+def test_camemberts_small_tokenizer_gives_the_ids_that_the_librarys_own_class_gives(tokenizers):
+    ours = tokenizers["camembert"]
+    pieces = json.loads(ours.backend_tokenizer.to_str())["model"]["vocab"]
+    library = CamembertTokenizer(vocab=[tuple(piece) for piece in pieces])
+    texts = [*TEXTS, *ODD_TEXTS, ""]
+    assert h.tokenise(ours, texts, 64) == h.tokenise(library, texts, 64)
+    assert ours.decode(ours(TEXTS[0])["input_ids"]) == library.decode(
+        library(TEXTS[0])["input_ids"])
 
 
 @encoders
