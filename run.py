@@ -165,7 +165,7 @@ def rehearse(words: argparse.Namespace) -> None:
     """Run the heavy stages for a few steps at their real size: hours on this very machine."""
     plan = make_plan(words)
     from commands.doctor import refuse_fatal
-    from commands.rehearse import print_rehearsal
+    from commands.hours import print_rehearsal
 
     runs = plans.runs_of(plan)
     refuse_fatal(*runs, needs_catalogue=False)

@@ -225,11 +225,12 @@ def cache_gb(profile: Profile, rows: int) -> float:
 
 # --- the table ------------------------------------------------------------------------------------
 def cost_table(profile: Profile, splits: Sequence[str], seeds: Sequence[int],
-               sizes: Sizes) -> pd.DataFrame:
+               sizes: Sizes, gpus: dict[str, tuple[float, float]] = GPUS,
+               launches: bool = True) -> pd.DataFrame:
     """What each stage costs on each GPU, a row for each split, stage and GPU; nothing is run.
 
-    Columns: split ("all" for what is made once for all), stage, runs (how often it is made), gpu;
-    each time: pflop (10^15), hours, disk_gb (kept), checkpoint_gb (while it trains).
+    Columns: split ("all": made once for all), stage, runs, gpu; each time: pflop (10^15), hours,
+    disk_gb (kept), checkpoint_gb (while it trains). Without `launches` a step itself takes no time.
     """
     rows = []
     for split in splits:
@@ -237,12 +238,11 @@ def cost_table(profile: Profile, splits: Sequence[str], seeds: Sequence[int],
             shared = profile.freeze_encoders and work.stage != "fusion"
             if shared and split != splits[0]:
                 continue
-            # Each seed's choice of a limit has rows of its own.
-            runs = 1 if shared and not profile.limit else len(seeds)
-            for gpu, (half, single) in GPUS.items():
+            runs = 1 if shared and not profile.limit else len(seeds)  # a limit chooses by seed
+            for gpu, (half, single) in gpus.items():
                 peak = 1e12 * (single if profile.precision == "float32" else half)
                 seconds = max(work.flop / (peak * UTILISATION[work.kind]),
-                              work.steps * STEP_SECONDS[work.kind])
+                              launches * work.steps * STEP_SECONDS[work.kind])
                 rows.append({"split": "all" if shared else split, "stage": work.stage,
                              "runs": runs, "pflop": work.flop / 1e15, "disk_gb": work.disk / 1e9,
                              "checkpoint_gb": work.checkpoint / 1e9, "gpu": gpu,

@@ -1,40 +1,41 @@
-"""`run.py rehearse`: the heavy stages for a few steps at their real size, on this very machine.
+"""The heavy stages for a few steps at their real size, on this very machine.
 
 Speed does not depend on what weights and rows hold: weights come from the networks' configurations,
 rows are drawn, texts as long as the catalogue's where it is here, else as the public data's.
+Settings that change no result but the speed are tried, and the fastest are named.
 """
 from __future__ import annotations
 
-import math
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import psutil
-import rich.box
 import torch
-from rich.console import Console
-from rich.table import Table
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import AutoModel
 
 import helpers as h
 from commands import costs
-from engine.files import temporary_folder
+from commands.measuring import MOST_STEPS, free_gb, memory_gb, seconds_a_step
+from engine.files import one_line, temporary_folder
 from engine.processes import device
+from engine.progress import cores
 from engine.rows import usable_products
 from engine.runs import Run
-from engine.settings import REPRESENTATIONS, SPLITS, VALIDATION_SHARE, Profile
-from engine.training import RowDataset, loader_workers, precision
-from engine.variants import TABLE_VARIANTS, TRAINED_VARIANTS
+from engine.settings import REPRESENTATIONS, Profile
+from engine.training import RowDataset, precision
+from engine.variants import TABLE_VARIANTS
 
-LEAST = 2.0    # seconds that the counted steps have to take, so that their start does not count
-MOST_STEPS = 64
-SPREAD = 0.5   # of drawn text lengths, as a share of their mean, where no catalogue is here
+SPREAD = 0.5  # of drawn text lengths, as a share of their mean, where no catalogue is here
+REGION_BATCHES = {"cpu": (1, 2, 4, 8), "cuda": (8, 16, 32, 64, 128)}
+LOADERS = (0, 1, 2, 4, 8, 16)
+TRAINING_BYTES = 16  # a parameter: its weight, its gradient and AdamW's two moments
 
 
 @dataclass(frozen=True)
@@ -47,46 +48,34 @@ class Rehearsed:
     reading: float
     flop: float
     memory: float
+    fastest: dict[str, int] = field(default_factory=dict)  # settings that were tried for it
 
 
-# --- measuring ------------------------------------------------------------------------------------
-def seconds_a_step(work: Callable[[int], None]) -> float:
-    """Seconds for a step of `work(steps)`, without its start: many steps minus few of them."""
-    work(1)
-    few, many = 1, 4
-    while True:
-        extra = clocked(work, many) - clocked(work, few)
-        if extra >= LEAST or many >= MOST_STEPS:
-            return max(extra, 1e-9) / (many - few)
-        many = min(MOST_STEPS, 4 * many)
-
-
-def clocked(work: Callable[[int], None], steps: int) -> float:
-    """Seconds that `work(steps)` takes, on a GPU to its end."""
-    start = time.perf_counter()
-    work(steps)
+# --- what does not fit ----------------------------------------------------------------------------
+@contextmanager
+def fitting(stage: str) -> Iterator[None]:
+    """ValueError with the stage and the remedy if memory runs out within the block."""
     if device().type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        yield
+    except (MemoryError, RuntimeError, ValueError) as error:
+        cause = error.__cause__ or error  # `finetune` tells the remedy itself
+        if not isinstance(cause, MemoryError) and not should_reduce_batch_size(cause):
+            raise
+        told = str(error) if error.__cause__ else (
+            f"{one_line(error)}; set a smaller max_length, image_size or region_size, or "
+            "precision=bf16")
+        raise ValueError(f"stage {stage} does not fit this machine: {told}") from error
 
 
-def matrix_peak(dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product on this device: what a network could reach at most."""
-    side = 8192 if device().type == "cuda" else 1024
-    matrix = torch.randn(side, side, device=device(), dtype=dtype)
-
-    def multiply(times: int) -> None:
-        for _ in range(times):
-            matrix @ matrix
-
-    return 2 * side ** 3 / seconds_a_step(multiply)
-
-
-def memory_gb() -> float:
-    """What this process holds now, in GB: on a GPU the most that its tensors took there."""
-    if device().type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return psutil.Process().memory_info().rss / 1e9
+def refuse_too_large(stage: str, parameters: int, profile: Profile) -> None:
+    """ValueError if a network's weights, and what trains them, are more than the memory here."""
+    needed = (4 if profile.freeze_encoders else TRAINING_BYTES) * parameters / 1e9
+    if needed > (here := free_gb()):
+        raise ValueError(f"stage {stage} does not fit this machine: {parameters / 1e6:,.0f} "
+                         f"million parameters take {needed:,.1f} GB, and {here:,.1f} GB are free; "
+                         "take a smaller encoder, or another machine")
 
 
 # --- the stages -----------------------------------------------------------------------------------
@@ -129,6 +118,8 @@ def rehearse_text(run: Run, stage: str, sizes: costs.Sizes, place: Path) -> Rehe
     profile, (encoder, field) = run.profile, stage.split("_")
     config = costs.text_config(profile, encoder) or costs.BASE_CONFIGS[encoder]
     lengths, rng = text_lengths(run, field, sizes), np.random.default_rng(0)
+    size = costs.text_network(profile, encoder, round(lengths.mean()))
+    refuse_too_large(stage, size.parameters, profile)
     network = h.TextEncoder(AutoModel.from_config(config), profile.pooling)
     model = h.Classifier(network, config.hidden_size)
     tokens = [rng.integers(5, config.vocab_size, length).tolist() for length in lengths]
@@ -148,39 +139,56 @@ def rehearse_text(run: Run, stage: str, sizes: costs.Sizes, place: Path) -> Rehe
             h.encode(network, batch, precision(profile))
 
     reading = seconds_a_step(read) / len(batch["input_ids"])
-    flop = costs.text_network(profile, encoder, round(lengths.mean())).training
-    return Rehearsed(stage, training, reading, flop, memory_gb())
+    return Rehearsed(stage, training, reading, size.training, memory_gb())
 
 
-def rehearse_pictures(run: Run, place: Path) -> list[Rehearsed]:
-    """The image encoder: fine-tuning, reading of whole pictures, and of regions."""
-    profile, rng = run.profile, np.random.default_rng(0)
-    encoder = h.ImageEncoder(profile.seresnext, size=profile.image_size)
+def drawn_pictures(side: int, rows: int) -> np.ndarray:
+    """Pictures of noise, [rows, 3, side, side]."""
+    return np.random.default_rng(0).integers(0, 256, (rows, 3, side, side), dtype=np.uint8)
+
+
+def rehearse_training(run: Run, encoder: h.ImageEncoder, place: Path) -> Rehearsed:
+    """Fine-tuning of the image encoder, with as many processes that load pictures as are best."""
+    profile, (whole, _) = run.profile, costs.image_networks(run.profile)
     model = h.Classifier(encoder, encoder.width, dropout=0.0)
-
-    def pictures_of(side: int, rows: int) -> np.ndarray:
-        return rng.integers(0, 256, (rows, 3, side, side), dtype=np.uint8)
 
     def rows_of(rows: int) -> RowDataset:
         split = pd.DataFrame({"part": ["train"] * rows, "label_id": 0})
-        return h.picture_rows(pictures_of(profile.image_size, rows), split, "train",
+        return h.picture_rows(drawn_pictures(profile.image_size, rows), split, "train",
                               profile.image_size, 0)
 
-    training = 0.0
-    if not profile.freeze_encoders:
-        training = trained(run, model, rows_of, torch.utils.data.default_collate,
-                           profile.image_batch, place, workers=loader_workers(profile))
-    whole, regions = costs.image_networks(profile)
+    def training(workers: int) -> float:
+        return trained(run, model, rows_of, torch.utils.data.default_collate, profile.image_batch,
+                       place, workers=workers)
 
-    def reading(vectors: Callable, network: costs.Network, stage: str) -> Rehearsed:
-        def read(rows: int) -> None:
-            vectors(encoder, profile, lambda side: pictures_of(side, 4 * rows))
+    if profile.freeze_encoders:
+        return Rehearsed("seresnext", 0.0, 0.0, whole.training, memory_gb())
+    seconds = {workers: training(workers) for workers in LOADERS if workers <= cores()}
+    best = min(seconds, key=seconds.get)
+    return Rehearsed("seresnext", seconds[best], 0.0, whole.training, memory_gb(),
+                     {"loader_workers": best})
 
-        return Rehearsed(stage, 0.0, seconds_a_step(read) / 4, network.training, memory_gb())
 
-    return [Rehearsed("seresnext", training, 0.0, whole.training, memory_gb()),
-            reading(h.region_vectors, regions, "image_regions"),
-            reading(h.whole_vectors, whole, "image_whole")]
+def rehearse_reading(run: Run, encoder: h.ImageEncoder, stage: str) -> Rehearsed:
+    """Reading of whole pictures or of regions, of as many pictures at a time as are best."""
+    profile, (whole, regions) = run.profile, costs.image_networks(run.profile)
+    tiles = stage == "image_regions" and profile.regions == "tiles"
+    vectors = h.region_vectors if stage == "image_regions" else h.whole_vectors
+
+    def read(settings: Profile, rows: int, steps: int) -> None:
+        vectors(encoder, settings, lambda side: drawn_pictures(side, steps * rows))
+
+    def reading(batch: int) -> float:
+        settings = replace(profile, region_batch=batch)
+        rows = batch or profile.image_batch
+        return seconds_a_step(partial(read, settings, rows)) / rows
+
+    batches = REGION_BATCHES[device().type] if tiles else (0,)
+    seconds = {batch: reading(batch) for batch in batches}
+    best = min(seconds, key=seconds.get)
+    network = regions if tiles else whole
+    return Rehearsed(stage, 0.0, seconds[best], network.training, memory_gb(),
+                     {"region_batch": best} if tiles else {})
 
 
 def rehearse_fusion(run: Run, widths: dict[str, int]) -> Rehearsed:
@@ -203,65 +211,25 @@ def rehearse_fusion(run: Run, widths: dict[str, int]) -> Rehearsed:
     return Rehearsed("fusion", seconds, 0.0, float(flop), memory_gb())
 
 
-def rehearse(run: Run, sizes: costs.Sizes) -> list[Rehearsed]:
-    """All heavy stages of a run, in the order of the notebooks."""
+def rehearse(run: Run, sizes: costs.Sizes) -> Iterator[Rehearsed]:
+    """All heavy stages of a run, in the order of the notebooks, each when it is measured.
+
+    ValueError for one that does not fit this machine's memory.
+    """
     stages = [name for symbol, name in REPRESENTATIONS.items() if symbol != "P"]
     with temporary_folder() as place:
-        found = [rehearse_text(run, stage, sizes, place) for stage in stages]
-        found += rehearse_pictures(run, place)
+        for stage in stages:
+            with fitting(stage):
+                yield rehearse_text(run, stage, sizes, place)
+        refuse_too_large("seresnext", costs.image_networks(run.profile)[0].parameters, run.profile)
+        encoder = h.ImageEncoder(run.profile.seresnext, size=run.profile.image_size)
+        with fitting("seresnext"):
+            yield rehearse_training(run, encoder, place)
+    for stage in ("image_regions", "image_whole"):
+        with fitting(stage):
+            yield rehearse_reading(run, encoder, stage)
     widths = {symbol: costs.text_network(run.profile, stage.partition("_")[0], 8).width
               for symbol, stage in REPRESENTATIONS.items() if symbol != "P"}
     widths["P"] = costs.image_networks(run.profile)[0].width
-    return [*found, rehearse_fusion(run, widths)]
-
-
-# --- the whole study ------------------------------------------------------------------------------
-def hours_of(each: Rehearsed, profile: Profile, split: str, rows: int) -> float:
-    """Hours that a stage of one run takes at the measured speed."""
-    train = rows * (1 - SPLITS[split]) * (1 - VALIDATION_SHARE)
-    epochs = {"seresnext": profile.image_epochs, "image_regions": 0, "image_whole": 0,
-              "fusion": profile.fusion_epochs * profile.fusion_seeds * len(TRAINED_VARIANTS)}
-    often = epochs.get(each.stage, profile.text_epochs)
-    return (often * train * each.training + rows * each.reading) / 3600
-
-
-def study_hours(each: Rehearsed, runs: Sequence[Run], rows: int) -> float:
-    """Hours that a stage takes in all runs together."""
-    return sum(hours_of(each, run.profile, run.split, rows) for run in runs)
-
-
-def print_rehearsal(console: Console, runs: Sequence[Run]) -> None:
-    """Speed, memory, share of the peak and hours of each heavy stage; hours by workers."""
-    profile = runs[0].profile
-    sizes = costs.find_sizes(profile)
-    if profile.threads:  # as stages are made
-        torch.set_num_threads(profile.threads)
-    peak = matrix_peak(precision(profile))
-    found = rehearse(runs[0], sizes)
-    table = Table(title=f"Profile {profile.name}, {sizes.rows:,} rows, {len(runs)} run(s), on "
-                        f"{device_name()}: {peak / 1e12:.2f} TFLOP/s in matrix products",
-                  title_justify="left", box=rich.box.SIMPLE)
-    for name in ("stage", "rows a second, training", "reading", "share of the peak", "memory (GB)",
-                 "hours, all runs"):
-        table.add_column(name, justify="left" if name == "stage" else "right")
-    hours = {each.stage: study_hours(each, runs, sizes.rows) for each in found}
-    for each in found:
-        share = each.flop / each.training / peak if each.training else math.nan
-        table.add_row(each.stage, *(costs.readable_number(value) for value in (
-            1 / each.training if each.training else math.nan,
-            1 / each.reading if each.reading else math.nan)),
-            "" if math.isnan(share) else f"{share:.0%}", f"{each.memory:.1f}",
-            f"{hours[each.stage]:.3f}")
-    console.print(table)
-    longest, whole = max(hours.values()) / len(runs), sum(hours.values())
-    for workers in range(1, max(1, torch.cuda.device_count()) + 1):
-        console.print(f"--workers {workers}: {max(longest, whole / workers):.2f} hours of stages")
-    console.print("Notebooks, decoding of pictures and the tables come on top. Weights are random, "
-                  f"rows are drawn. Text lengths: {sizes.source}", highlight=False)
-
-
-def device_name() -> str:
-    """What the networks run on."""
-    if device().type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} thread(s) of this processor"
+    with fitting("fusion"):
+        yield rehearse_fusion(run, widths)
