@@ -26,6 +26,9 @@ lint: .venv/installed ## check the code with ruff
 bench: .venv/installed ## measure speed, about half an hour on 2 cores; writes figures/benchmark.csv and .png
 	$(PY) tests/benchmark.py
 
+gpu-check: ## on a CUDA GPU: same numbers as the CPU, kills, memory, speed; writes figures/gpu_check.csv
+	$(if $(PYTHON),$(PYTHON),$(PY)) tests/gpu_check.py
+
 mutants: .venv/installed ## break lines that decide numbers, one at a time: a test must notice each
 	$(PY) tests/mutants.py
 
@@ -118,4 +121,4 @@ done; \
 refuse "$$seen, but 3.11 to 3.14 with ensurepip is needed: install one of these, or name one: $$other"
 endef
 
-.PHONY: help study test quick lint bench mutants load soak ray lab cpu site slides class-kit colab-check clean same
+.PHONY: help study test quick lint bench mutants load soak ray lab cpu site slides class-kit colab-check gpu-check clean same
