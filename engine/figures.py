@@ -86,7 +86,9 @@ def plot_learning_curve(axes: Sequence, curve: pd.DataFrame, label: str, colour:
     loss, f1 = axes
     style = {"color": colour, "ls": "--" if marker == "s" else "-"}
     epochs, percent = curve["epoch"], 100 * curve["val_macro_f1"]
-    loss.plot(epochs, curve["train_loss"], alpha=0.4, label=f"{label}, train", **style)
+    alone = "x" if len(curve) == 1 else ""  # of a frozen encoder's head: no line
+    loss.plot(epochs, curve["train_loss"], marker=alone, alpha=0.4, label=f"{label}, train",
+              **style)
     loss.plot(epochs, curve["val_loss"], marker=marker, ms=3, label=f"{label}, val", **style)
     f1.plot(epochs, percent, marker=marker, ms=3, label=label, **style)
     best = percent.idxmax()

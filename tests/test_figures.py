@@ -116,6 +116,9 @@ def test_learning_curve_marks_the_best_epoch():
     assert line.get_ydata().tolist() == pytest.approx([20, 60, 50])
     assert (star.get_xdata()[0], star.get_ydata()[0]) == (2, pytest.approx(60))
     assert "%" in axes[1].get_ylabel() and "nats" in axes[0].get_ylabel()
+    assert axes[0].lines[0].get_marker() == ""
+    h.plot_learning_curve(axes, curve[:1].assign(epoch=0), "frozen", "#004D80")
+    assert axes[0].lines[2].get_marker() == "x"  # one point alone draws no line
 
 
 def test_scores_are_dots_with_their_intervals_and_the_papers_are_open_diamonds():
