@@ -76,6 +76,7 @@ from engine.figures import (
     caption,
     figure,
     note,
+    number_no_rows,
     plain,
     plot_confusion,
     plot_learning_curve,
@@ -205,6 +206,7 @@ from engine.variants import (
 from engine.vectors import encode, encode_rows
 
 pd.set_option("display.html.use_mathjax", False)  # a price in a table is no formula
+number_no_rows()
 # The libraries stay for good: without this Python looks through them again and again, and for
 # seconds when a kernel ends. run.py's kernels import them with the collector off.
 gc.freeze()

@@ -55,6 +55,20 @@ def small_png(fig: Figure) -> str:
     return base64.b64encode(small.getvalue()).decode()
 
 
+def number_no_rows() -> None:
+    """Let tables in a notebook come without their rows' numbers; other indexes stay."""
+    if shell := get_ipython():
+        shell.display_formatter.formatters["text/html"].for_type(pd.DataFrame, table_html)
+
+
+def table_html(table: pd.DataFrame) -> str:
+    """A table as notebooks hold it, long ones cut as pandas cuts them."""
+    long = len(table) > pd.get_option("display.max_rows")
+    return table.to_html(
+        notebook=True, index=not isinstance(table.index, pd.RangeIndex), show_dimensions=long,
+        max_rows=pd.get_option("display.min_rows") if long else None)
+
+
 def save_figure(run: Run, fig, name: str, data: pd.DataFrame, of_run: bool = True) -> None:
     """Write <run>/figures/<name>.png, .svg and .csv (the plotted numbers). Figures of the sample
     say so in a corner; those that show nothing of a run do not.

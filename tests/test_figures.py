@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 import helpers as h
-from engine.figures import small_png, source_colour
+from engine.figures import small_png, source_colour, table_html
 from engine.settings import ROOT
 
 
@@ -119,6 +119,17 @@ def test_learning_curve_marks_the_best_epoch():
     assert axes[0].lines[0].get_marker() == ""
     h.plot_learning_curve(axes, curve[:1].assign(epoch=0), "frozen", "#004D80")
     assert axes[0].lines[2].get_marker() == "x"  # one point alone draws no line
+
+
+def test_tables_come_without_their_rows_numbers_and_keep_other_indexes():
+    table = pd.DataFrame({"title": ["<b>Chaise</b>", "12 $ ou 13 $"]})
+    shown = table_html(table)
+    assert "&lt;b&gt;Chaise" in shown and "tex2jax_ignore" in shown  # text stays text
+    assert "<th>0</th>" not in shown and "<th></th>" not in shown
+    assert "<th>bois</th>" in table_html(table.set_index(pd.Index(["bois", "métal"])))
+    long = pd.DataFrame({"n": range(100)})
+    assert table_html(long).count("<tr") < 20 and "100 rows" in table_html(long)
+    assert "100 rows" not in table_html(long[:50])
 
 
 def test_scores_are_dots_with_their_intervals_and_the_papers_are_open_diamonds():
