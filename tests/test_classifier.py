@@ -15,7 +15,7 @@ from PIL import Image
 import helpers as h
 import run as command_line
 from commands.products import card_of
-from conftest import SMALL, isolate, write_ens
+from conftest import SMALL, isolate, write_bert, write_ens
 from engine.exports import parts_of_run, write_export
 from engine.variants import text_level
 
@@ -260,6 +260,28 @@ def test_a_fusion_of_ones_own_is_refused_and_one_of_the_study_beside_it_is_not(t
     write_export(tmp_path / "folder", parts_of_run(own, VARIANT), card_of(own, VARIANT))
     text = "".join(path.read_text() for path in (tmp_path / "folder").glob("*.*"))
     assert "own.py" not in text.replace(own.name, "")
+
+
+@pytest.mark.slow
+def test_frozen_encoders_predict_and_are_exported_as_they_are(tmp_path, monkeypatch):
+    isolate(monkeypatch, tmp_path, write_ens(tmp_path / "ens"))
+    bert = str(write_bert(tmp_path / "bert", hidden_size=24, num_hidden_layers=1,
+                          num_attention_heads=2, intermediate_size=48))
+    run = h.open_run("paper", "90-10", 0, SETTINGS | {
+        "camembert": bert, "flaubert": bert, "freeze_encoders": True})
+    for name in ("splits", "text", "seresnext", *h.REPRESENTATIONS.values(), "image_whole",
+                 f"fusion-{VARIANT.name}", f"fusion-{TEXTS.name}"):
+        h.stage(run, name)
+    ids = h.read_split(run).query("part == 'test'")["product_id"]
+    products = h.usable_products(run).set_index("product_id").loc[ids]
+    found = h.load_classifier(run)
+    assert torch.allclose(found.probabilities(products), fused(run, products), atol=1e-5)
+    write_export(tmp_path / "exported", parts_of_run(run, VARIANT), card_of(run, VARIANT))
+    again = h.load_classifier(tmp_path / "exported").levels(products)
+    for name, p in found.levels(products).items():
+        assert torch.equal(again[name], p), name
+        if name in h.TEXT_STAGES:  # the head that was fitted on the frozen vectors
+            assert torch.allclose(p, h.encoder_probabilities(run, name, ids), atol=1e-5), name
 
 
 # --- a CSV file -----------------------------------------------------------------------------------

@@ -166,3 +166,9 @@ def test_three_classes_and_products_without_picture(tmp_path, monkeypatch):
     probabilities = h.fusion_probabilities(run, h.named_variant("concat-add"), x)
     assert probabilities.shape == (24, 1, 3)
     assert torch.allclose(probabilities.sum(-1), torch.ones(24, 1))
+    products = h.usable_products(run).set_index("product_id").loc[ids]
+    predicted = h.load_classifier(run).predict(products, probabilities=True)
+    codes = h.load_classes(run)["prdtypecode"].tolist()
+    assert predicted.columns.tolist()[4:] == codes and set(predicted["name"]) <= {*KINDS}
+    assert np.allclose(predicted[codes], probabilities[:, 0], atol=1e-5)
+    assert predicted["code"].tolist() == [codes[i] for i in probabilities[:, 0].argmax(-1)]
