@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / "build" / "colab"
 VERSIONS = ROOT / "data" / "colab_versions.txt"
 ELSEWHERE = ROOT / "requirements-elsewhere.txt"
-# Not for notebooks: tests, the linter, JupyterLab.
-APART = {"jupyterlab", "pytest", "pytest-xdist", "hypothesis", "nbval", "ruff", "playwright",
-         "axe-playwright-python"}
+# Not for notebooks: tests, the linter, JupyterLab; tensorboardX, as Colab has TensorBoard itself.
+APART = {"jupyterlab", "tensorboardx", "pytest", "pytest-xdist", "hypothesis", "nbval", "ruff",
+         "playwright", "axe-playwright-python"}
 
 
 def pins(path: Path) -> dict[str, str]:

@@ -291,7 +291,7 @@ TOKENIZER_IS_MISSING = "its tokenizer 8; the tokenizer's files are missing"
 
 
 @pytest.mark.parametrize("encoder, needed, found", [
-    ("camembert", "tokenizer.json", TOKENIZER_IS_MISSING),
+    ("camembert", "tokenizer.json", "cannot be loaded"),
     ("flaubert", "merges.txt", "cannot be loaded"),
     ("flaubert", "config.json", "config.json"),
     ("camembert", "model.safetensors", "lacks weights (model.safetensors or ")])
@@ -306,6 +306,17 @@ def test_a_folder_is_a_checkpoint_only_if_it_is_whole(checkpoints, tmp_path, enc
     assert found in check.found
     assert str(folder) in check.found
     assert needed in check.todo or needed in check.found
+
+
+def test_a_tokenizer_that_the_library_makes_empty_is_seen(checkpoints, tmp_path):
+    """Of CamemBERT's own class, without a file: a tokenizer of no piece, without a word."""
+    folder = shutil.copytree(checkpoints["camembert"], tmp_path / "copy")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "CamembertTokenizer"}')
+    assert examine_weights("camembert", camembert=str(folder), max_length=32).state == "ok"
+    (folder / "tokenizer.json").unlink()
+    check = examine_weights("camembert", camembert=str(folder), max_length=32)
+    assert check.state == "fatal" and TOKENIZER_IS_MISSING in check.found
+    assert "tokenizer.json" in check.todo
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
