@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 from transformers import AutoModel
 
@@ -55,6 +55,7 @@ class Rehearsed:
 @contextmanager
 def fitting(stage: str) -> Iterator[None]:
     """ValueError with the stage and the remedy if memory runs out within the block."""
+    clear_device_cache(garbage_collection=True)  # of the stage before
     if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -221,9 +222,10 @@ def rehearse(run: Run, sizes: costs.Sizes) -> Iterator[Rehearsed]:
         for stage in stages:
             with fitting(stage):
                 yield rehearse_text(run, stage, sizes, place)
-        refuse_too_large("seresnext", costs.image_networks(run.profile)[0].parameters, run.profile)
-        encoder = h.ImageEncoder(run.profile.seresnext, size=run.profile.image_size)
         with fitting("seresnext"):
+            whole, _ = costs.image_networks(run.profile)
+            refuse_too_large("seresnext", whole.parameters, run.profile)
+            encoder = h.ImageEncoder(run.profile.seresnext, size=run.profile.image_size)
             yield rehearse_training(run, encoder, place)
     for stage in ("image_regions", "image_whole"):
         with fitting(stage):

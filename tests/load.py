@@ -83,15 +83,15 @@ def write_pictures(folder: Path) -> None:
 
 def random_stage(run: h.Run, name: str, folder: Path) -> dict:
     """What an encoder or the baselines would have written, of random numbers."""
-    split = h.read_split(run)
     random = torch.Generator().manual_seed(len(name))
-    ids, width = split["product_id"], WIDTHS["P"] if "image" in name or "ser" in name else 768
+    width = WIDTHS["P"] if "image" in name or "ser" in name else 768
     if name == "baselines":
-        rest = split["part"] != "train"
-        chances = {model: torch.rand(int(rest.sum()), CLASSES, generator=random)
+        rest = h.read_split(run).query("part != 'train'")["product_id"]
+        chances = {model: torch.rand(len(rest), CLASSES, generator=random)
                    for model in h.BASELINES}
-        h.save_tensors(folder / "probabilities.safetensors", ids[rest], **chances)
+        h.save_tensors(folder / "probabilities.safetensors", rest, **chances)
         return {}
+    ids = h.chosen_labels(run)["product_id"]
     if name != "seresnext":
         h.save_tensors(folder / "features.safetensors", ids,
                        features=torch.randn(len(ids), width, generator=random))
