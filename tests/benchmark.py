@@ -102,11 +102,14 @@ def in_turns(repeats: int, **ways: Callable[[], object]) -> dict[str, float]:
 
 
 class Memory:
-    """The largest memory (bytes) of this process and its children together while the block runs,
-    looked at each second.
+    """The largest memory (bytes) of a process, this one, and its children together while the block
+    runs, looked at each second.
 
     Of pages that several processes share each counts its part (PSS).
     """
+
+    def __init__(self, process: int | None = None):
+        self.process = process
 
     def __enter__(self) -> Memory:
         self.peak, self.over = 0, threading.Event()
@@ -115,9 +118,9 @@ class Memory:
         return self
 
     def watch(self) -> None:
-        me = psutil.Process()
         while not self.over.wait(1):
             with contextlib.suppress(psutil.NoSuchProcess):
+                me = psutil.Process(self.process)
                 all_of_them = (me, *me.children(recursive=True))
                 now = sum(process.memory_full_info().pss for process in all_of_them)
                 self.peak = max(self.peak, now)

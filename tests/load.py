@@ -60,11 +60,13 @@ def read_rows(folder: str) -> None:
 
 
 def with_peak(words: list[str]) -> tuple[str, float]:
-    """What a command prints, and the peak memory of its processes in GB."""
+    """What a command prints, and the peak memory of its processes, without this one, in GB."""
     from benchmark import Memory
 
-    with Memory() as memory:
-        said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    command = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    with Memory(command.pid) as memory:
+        said, _ = command.communicate()
+    assert command.returncode == 0, f"{words} has failed"
     return said.strip(), memory.peak / 1e9
 
 
