@@ -80,8 +80,7 @@ def print_rehearsal(console: Console, runs: Sequence[Run]) -> None:
         table.add_column(name, justify="left" if name in ("stage", "fastest with") else "right")
     hours = {each.stage: study_hours(each, runs, sizes.rows) for each in found}
     for each in found:
-        table.add_row(*row_of(each, peak), f"{hours[each.stage]:.3f}",
-                      ", ".join(f"{name}={value}" for name, value in each.fastest.items()))
+        table.add_row(*row_of(each, peak), f"{hours[each.stage]:.3f}", each.told)
     console.print(table)
     longest, whole = max(hours.values()) / len(runs), sum(hours.values())
     for workers in range(1, max(1, torch.cuda.device_count()) + 1):

@@ -50,6 +50,11 @@ class Rehearsed:
     memory: float
     fastest: dict[str, int] = field(default_factory=dict)  # settings that were tried for it
 
+    @property
+    def told(self) -> str:
+        """`fastest` for reading."""
+        return ", ".join(f"{name}={value}" for name, value in self.fastest.items())
+
 
 # --- what does not fit ----------------------------------------------------------------------------
 @contextmanager
@@ -80,17 +85,20 @@ def refuse_too_large(stage: str, parameters: int, profile: Profile) -> None:
 
 
 # --- the stages -----------------------------------------------------------------------------------
+def drawn_lengths(mean: float, rows: int) -> np.ndarray:
+    """Lengths of drawn texts, before any cut."""
+    return np.random.default_rng(0).gamma(1 / SPREAD ** 2, mean * SPREAD ** 2, rows)
+
+
 def text_lengths(run: Run, field: str, sizes: costs.Sizes) -> np.ndarray:
     """1,000 lengths in tokens as the field's texts have them, or as the public data's mean says."""
-    rng, profile = np.random.default_rng(0), run.profile
-    mean = sizes.tokens[field]
     try:
         texts = usable_products(run)[field].sample(1000, replace=True, random_state=0)
         words = texts.str.split().str.len().to_numpy()
         lengths = costs.TOKENS_PER_WORD * words + 2
     except (OSError, ValueError):
-        lengths = rng.gamma(1 / SPREAD ** 2, mean * SPREAD ** 2, 1000)
-    return np.clip(lengths, 3, profile.max_length).astype(int)
+        lengths = drawn_lengths(sizes.tokens[field], 1000)
+    return np.clip(lengths, 3, run.profile.max_length).astype(int)
 
 
 def pad(rows: Sequence[dict]) -> dict[str, Tensor]:
@@ -148,15 +156,20 @@ def drawn_pictures(side: int, rows: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (rows, 3, side, side), dtype=np.uint8)
 
 
+def picture_rows(profile: Profile, labels: Sequence[int]) -> RowDataset:
+    """Training rows of drawn pictures, augmented as in the study."""
+    pictures = drawn_pictures(profile.image_size, len(labels))
+    split = pd.DataFrame({"part": "train", "label_id": labels})
+    return h.picture_rows(pictures, split, "train", profile.image_size, 0)
+
+
 def rehearse_training(run: Run, encoder: h.ImageEncoder, place: Path) -> Rehearsed:
     """Fine-tuning of the image encoder, with as many processes that load pictures as are best."""
     profile, (whole, _) = run.profile, costs.image_networks(run.profile)
     model = h.Classifier(encoder, encoder.width, dropout=0.0)
 
     def rows_of(rows: int) -> RowDataset:
-        split = pd.DataFrame({"part": ["train"] * rows, "label_id": 0})
-        return h.picture_rows(drawn_pictures(profile.image_size, rows), split, "train",
-                              profile.image_size, 0)
+        return picture_rows(profile, [0] * rows)
 
     def training(workers: int) -> float:
         return trained(run, model, rows_of, torch.utils.data.default_collate, profile.image_batch,

@@ -41,7 +41,7 @@ from commands import costs, hours, rehearse
 from commands.measuring import device_name, matrix_peak
 from engine.processes import device
 from engine.runs import Run
-from engine.settings import PROFILES, REPRESENTATIONS, TABLE_FUSIONS, Profile, make_profile
+from engine.settings import PROFILES, REPRESENTATIONS, Profile, make_profile
 from engine.training import RowDataset, precision
 from engine.variants import TABLE_VARIANTS
 from engine.vectors import encode
@@ -97,7 +97,8 @@ def make_encoder(profile: Profile, name: str) -> nn.Module:
 def text_tokens(profile: Profile, rows: int) -> list[dict]:
     """Drawn texts as long as the public descriptions."""
     rng = np.random.default_rng(0)
-    lengths = np.clip(rng.gamma(4, SIZES.tokens["description"] / 4, rows), 3, profile.max_length)
+    lengths = rehearse.drawn_lengths(SIZES.tokens["description"], rows)
+    lengths = np.clip(lengths, 3, profile.max_length)
     return [{"input_ids": rng.integers(5, 2000, int(length)).tolist()} for length in lengths]
 
 
@@ -115,21 +116,17 @@ def features(profile: Profile, name: str, dtype: torch.dtype) -> Tensor:
     return encode(encoder, {key: batch[key] for key in ("input_ids", "attention_mask")}, dtype)
 
 
-def losses(profile: Profile, name: str, batches: int = STEPS) -> Tensor:
+def losses(profile: Profile, name: str) -> Tensor:
     """Loss of a few steps of fine-tuning, and on other rows after them."""
     encoder = make_encoder(profile, name)
     text = name != "seresnext"
     width = encoder.model.config.hidden_size if text else encoder.width
     batch = profile.text_batch if text else profile.image_batch
-    rows = batches * batch
-    labels = (np.arange(rows) % 27).tolist()
+    labels = (np.arange(STEPS * batch) % 27).tolist()
     if text:
-        tokens = text_tokens(profile, rows)
-        train = RowDataset(tokens.__getitem__, labels)
+        train = RowDataset(text_tokens(profile, len(labels)).__getitem__, labels)
     else:
-        pictures = rehearse.drawn_pictures(profile.image_size, rows)
-        split = pd.DataFrame({"part": "train", "label_id": labels})
-        train = h.picture_rows(pictures, split, "train", profile.image_size, 0)
+        train = rehearse.picture_rows(profile, labels)
     val = RowDataset(train.row, labels[:batch])
     with tempfile.TemporaryDirectory() as folder:
         curve = h.finetune(
@@ -149,7 +146,7 @@ def fusion_losses(profile: Profile) -> Tensor:
     x = {symbol: each.to(device()) for symbol, each in x.items()}
     labels = (torch.arange(rows) % 27).to(device())
     train = torch.arange(rows, device=device())
-    for variant in TABLE_VARIANTS[:len(TABLE_FUSIONS)]:
+    for variant in TABLE_VARIANTS:
         torch.manual_seed(0)
         plain = replace(profile, dropout=0.0)
         model = h.make_fusion(Run(plain, "90-10", 0), variant, x).to(device())
@@ -269,8 +266,7 @@ def check_speed(profile: Profile, small: bool) -> Iterator[Finding]:
         yield Finding("speed", "matrix product", kind, peak / 1e12, "TFLOP/s", 0, True, False)
         for each in rehearse.rehearse(runs[0], SIZES):
             whole += hours.study_hours(each, runs, SIZES.rows)
-            note = ", ".join([f"{each.memory:.1f} GB", *(
-                f"{name}={value}" for name, value in each.fastest.items())])
+            note = ", ".join(filter(None, [f"{each.memory:.1f} GB", each.told]))
             row = each.training or each.reading
             yield Finding("speed", each.stage, kind, 1 / row, "rows a second", 0, True, False, note)
             if each.training:
@@ -295,7 +291,7 @@ def check_loading(profile: Profile, small: bool) -> Iterator[Finding]:
         bare = rehearse.trained(run, model, ready, default_collate, profile.image_batch,
                                 Path(place), workers=real.fastest["loader_workers"])
     yield Finding("loading", "seresnext", profile.precision, max(0.0, 1 - bare / real.training),
-                  "share of a step", 0.1, demanded=False, note=f"{real.fastest}")
+                  "share of a step", 0.1, demanded=False, note=real.told)
 
 
 CHECKS: dict[str, Callable[[Profile, bool], Iterator[Finding]]] = {
