@@ -11,7 +11,7 @@ section uses only those above it. What a notebook calls besides is handed on fro
     4  Text encoders    03, 04       text_checkpoints, text_models
     5  Image encoder    05           image_models, pictures, picture_cache
     6  Regions          06
-    7  Fusion           07           fusions, variants
+    7  Fusion           07           fusions, variants, looks
     8  Result tables    08, 09, 10   paper_tables, late_fusion, claims, analysis, stages, tensors
     9  New products     11           products
 
@@ -117,8 +117,9 @@ from engine.image_models import (
     make_network,
     refusal,
 )
-from engine.keys import makes, one_look
+from engine.keys import makes
 from engine.late_fusion import LATE_FUSIONS, cross_fitted, fit_mixture, late_fusions, stack
+from engine.looks import one_look
 from engine.paper_tables import (
     OUR_MODEL,
     TABLES,

@@ -177,7 +177,8 @@ def step_key(step: Step) -> str:
     calls and shows, the catalogue, and the keys of the stages it may read.
     """
     from engine.fingerprint import code_of_words
-    from engine.keys import key_of, one_look
+    from engine.keys import key_of
+    from engine.looks import one_look
 
     book = json.loads(step.source.read_text(encoding="utf-8"))
     cells = ["".join(cell["source"]) for cell in book["cells"]]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
+from engine.looks import once
 from engine.progress import Progress, cores
 from engine.runs import cache_folder, from_root
 
@@ -75,7 +76,7 @@ def remember(name: str, look: Callable[[str], str], paths: Sequence[str]) -> lis
 
     It is kept in the cache with a file's size and times, so that each is read once.
     """
-    states = {path: _state(about) for path, about in file_stats(paths).items()}
+    states = once(_states, tuple(paths))
     folders = sorted(set(map(os.path.dirname, paths)))
     place = cache_folder() / f"{name}-{hash_json(folders)[:16]}.json"
     known = _remembered(place, place.stat().st_mtime_ns if place.exists() else 0)
@@ -93,10 +94,12 @@ def remember(name: str, look: Callable[[str], str], paths: Sequence[str]) -> lis
     return [known[path][1] if path in states else "" for path in paths]
 
 
-def _state(about: os.stat_result) -> str:
-    """What changes when a file's bytes do: the second time even if a program sets back the first.
+def _states(paths: Sequence[str]) -> dict[str, str]:
+    """For each of these files that is there what changes when its bytes do: of the two times the
+    second even if a program sets back the first.
     """
-    return f"{about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
+    return {path: f"{about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
+            for path, about in file_stats(paths).items()}
 
 
 def fast_hash(path: str | Path) -> str:

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {f"engine.{path.stem}": path for path in sorted((ROOT / "engine").glob("[!_]*.py"))}
 ROOMS["helpers"] = ROOT / "helpers.py"
 CARRIERS = ("engine.checkpoints", "engine.files", "engine.fingerprint", "engine.keys",
-            "engine.processes", "engine.progress", "engine.runs", "engine.stages", "engine.tensors")
+            "engine.looks", "engine.processes", "engine.progress", "engine.runs",
+            "engine.stages", "engine.tensors")
 REFUSE = ("check_", "refuse_")  # so begin the names of functions that raise or do nothing
 NO_CONSTANTS = ("PROFILES", "STAGES", "FROZEN_STAGES", "TYPES", "LIMITS", "ROOT")
 # The text of each room as it was imported: an edit under an open kernel changes the file, not what

@@ -4,20 +4,17 @@ code reads, of the contents that it is given, and of the keys of the stages that
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from pathlib import Path
 
 from engine import fingerprint
 from engine.files import hash_json, read_json, write_json
+from engine.looks import once
 from engine.runs import Run, runs_folder
 from engine.settings import SPEED_ONLY, StageInfo, stage_info
 
 MAKERS: dict[str, Callable[[Run, str, Path], dict]] = {}
 TOGETHER: set[str] = set()
-# While something is made: recipes and digests, as they were at its beginning.
-_LOOKED_UP: ContextVar[dict | None] = ContextVar("looked_up", default=None)
 
 
 def makes(*kinds: str, together: bool = False) -> Callable:
@@ -51,21 +48,13 @@ def info_of(run: Run, name: str) -> StageInfo:
 
 def recipe_of(run: Run, name: str) -> dict:
     """All that decides what a stage contains: code, settings, contents, keys of what it reads."""
-    return _once(_look_up_recipe, run, name)
+    return once(_look_up_recipe, run, name)
 
 
 def _content_of(run: Run, name: str, function: str) -> str:
     """The digest of what a function of `content` gives to a stage."""
     digest = fingerprint.DIGESTS[function]
-    return _once(digest, run, name) if digest in fingerprint.OF_STAGE else _once(digest, run)
-
-
-def _once(find: Callable, *arguments: object) -> object:
-    """`find(*arguments)`, worked out once in one look."""
-    with one_look() as known:
-        if (find, *arguments) not in known:
-            known[find, *arguments] = find(*arguments)
-        return known[find, *arguments]
+    return once(digest, run, name) if digest in fingerprint.OF_STAGE else once(digest, run)
 
 
 def _look_up_recipe(run: Run, name: str) -> dict:
@@ -83,17 +72,6 @@ def _look_up_recipe(run: Run, name: str) -> dict:
 def key_of(run: Run, name: str) -> str:
     """The key of a stage of this run, whether it has been made or not."""
     return hash_json(recipe_of(run, name))
-
-
-@contextmanager
-def one_look() -> Iterator[dict]:
-    """Within, recipes are worked out once: what stages are given is looked at once, too."""
-    token = _LOOKED_UP.set({}) if _LOOKED_UP.get() is None else None
-    try:
-        yield _LOOKED_UP.get()
-    finally:
-        if token:
-            _LOOKED_UP.reset(token)
 
 
 def folder_of(name: str, key: str) -> Path:

@@ -30,10 +30,10 @@ from engine.keys import (
     key_of,
     kind_of,
     manifest_of,
-    one_look,
     recipe_of,
     write_manifest,
 )
+from engine.looks import one_look
 from engine.processes import (
     agreed,
     device,
@@ -199,6 +199,7 @@ def _remember(run: Run, name: str, key: str) -> None:
 
 
 # --- reading --------------------------------------------------------------------------------------
+@one_look()
 def read_stage(run: Run, name: str) -> Path:
     """The folder of the stage that this very run needs.
 
@@ -278,6 +279,7 @@ def _unlike(run: Run, name: str, made: dict) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+@one_look()
 def describe_stages(run: Run, *names: str) -> pd.DataFrame:
     """What the manifests of these stages say: seconds, peak memory, metrics."""
     rows = []

@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 import helpers as h
-from engine.keys import MAKERS, kind_of, one_look, recipe_of
+from engine.keys import MAKERS, kind_of, recipe_of
+from engine.looks import one_look
 from full_size import write_tables
 
 SETTINGS = {"rows": "all", "camembert": "small", "flaubert": "small", "image_weights": "none",

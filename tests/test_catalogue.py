@@ -15,8 +15,9 @@ from PIL import Image
 
 import helpers as h
 from conftest import tiny_products
-from engine import catalogue, keys
+from engine import catalogue, files, keys
 from engine.catalogue import CLASSES
+from engine.looks import one_look
 from engine.rows import chosen_products
 from engine.settings import FROZEN_STAGES, STAGES
 
@@ -187,7 +188,7 @@ FROZEN = {"freeze_encoders": True, "camembert": "nobody/a", "flaubert": "nobody/
 def keys_of(run: h.Run) -> dict[str, str]:
     """The key of each stage of a run; nothing is made."""
     names = PLAIN | (set(FROZEN_STAGES) if run.profile.freeze_encoders else set())
-    with keys.one_look():
+    with one_look():
         return {name: keys.key_of(run, name) for name in names}
 
 
@@ -290,6 +291,37 @@ def test_pictures_and_texts_decide_a_grouped_split_by_the_groups_alone(make_run,
             designation=x["designation"].replace(second["title"], third["title"])))
 
     assert stale(run, copy_title) == PLAIN  # the two stay on one side of the split
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The questions to the system about all pictures, as they are put."""
+    questions, ask = [], files.file_stats
+    monkeypatch.setattr(files, "file_stats", lambda paths: questions.append(paths) or ask(paths))
+    return questions
+
+
+def test_one_look_asks_about_the_pictures_once_for_all_runs_on_them(make_run, asked):
+    with one_look():
+        first, again = keys_of(make_run()), keys_of(make_run(fusion_epochs=7))
+    assert len(asked) == 1 and first["image_whole"] == again["image_whole"]
+    assert first["scores"] != again["scores"]
+
+
+def test_a_stage_that_is_missing_is_told_in_one_look(make_run, asked):
+    for name in ("splits", "text", "baselines"):
+        h.stage(make_run(), name)
+    asked.clear()
+    with pytest.raises(FileNotFoundError, match="image_whole"):
+        h.read_stage(make_run(), "image_whole")
+    assert len(asked) == 1
+
+
+def test_the_next_look_asks_again(run, asked):
+    """A picture that changes between two cells of a notebook is seen."""
+    before = keys.key_of(run, "seresnext")
+    draw_again(product(run, 7)["picture"])
+    assert keys.key_of(run, "seresnext") != before and len(asked) == 2
 
 
 @pytest.mark.parametrize("settings", [{}, {"rows": "all", "limit": 50}, FROZEN])

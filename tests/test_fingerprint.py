@@ -8,6 +8,7 @@ import helpers as h
 from conftest import SMALL, isolate, write_ens
 from engine import fingerprint, keys
 from engine.fingerprint import CARRIERS, ROOMS, SOURCES
+from engine.looks import one_look
 from engine.settings import FROZEN_STAGES, STAGES, TABLE_FUSIONS, TEXT_STAGES
 
 IMPORTED = dict(SOURCES)
@@ -43,7 +44,7 @@ def run(make_run):
 
 def all_keys(run, names) -> dict[str, str]:
     """The key of each stage of a run; nothing is made."""
-    with keys.one_look():
+    with one_look():
         return {name: keys.key_of(run, name) for name in names}
 
 

@@ -27,6 +27,7 @@ from commands.doctor import refuse_fatal
 from conftest import ROOT, SMALL, isolate, write_bert, write_ens
 from engine import catalogue, files, fingerprint, keys, progress, stages
 from engine.files import lock_of
+from engine.looks import one_look
 from engine.runs import runs_folder
 from engine.settings import FROZEN_STAGES, SPEED_ONLY, STAGES, TABLE_FUSIONS, setting_names
 from engine.stages import DamagedStage
@@ -702,7 +703,7 @@ def test_missing_stage_says_how_the_nearest_one_that_is_there_differs(make_run, 
 @pytest.fixture
 def recipes(run):
     """{stage: its recipe} of all stages, without making them."""
-    with keys.one_look():
+    with one_look():
         return {name: keys.recipe_of(run, name) for name in EVERY_STAGE}
 
 
@@ -791,7 +792,7 @@ def test_a_setting_reaches_what_stands_on_it_and_nothing_else(make_run, recipes)
     for settings, expected in REACH:
         here = {"data": os.environ["RAKUTEN_DATA"]} if "data" in settings else {}
         other = make_run(**settings | here)  # the same catalogue by another name
-        with keys.one_look():
+        with one_look():
             changed = {name for name in EVERY_STAGE
                        if keys.recipe_of(other, name) != recipes[name]}
         assert changed == expected, settings
