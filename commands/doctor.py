@@ -106,7 +106,7 @@ def picture_files(run: Run, rows: int) -> list[Path]:
     """The files of decoded pictures that are as large as this run's."""
     sizes = (run.profile.image_size, run.profile.region_size)
     ours = {cache_bytes((rows, 3, size, size)) for size in sizes}
-    return [path for path in cache_folder().glob("pictures-*.npy") if path.stat().st_size in ours]
+    return [path for path in cache_folder().glob("pictures-*.bin") if path.stat().st_size in ours]
 
 
 def check_machine(run: Run) -> list[Check]:

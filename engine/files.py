@@ -26,12 +26,11 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, the limit of
 
 def hash_file(path: Path) -> str:
     """sha256 of a file's bytes, read once in a process unless its size or time changes."""
-    about = path.stat()
-    return _hash_bytes(path, about.st_size, about.st_mtime_ns)
+    return _hash_bytes(path, file_state(path))
 
 
 @cache
-def _hash_bytes(path: Path, size: int, mtime: int) -> str:
+def _hash_bytes(path: Path, state: str) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -89,17 +88,24 @@ def remember(name: str, look: Callable[[str], str], paths: Sequence[str]) -> lis
         known = known | {path: (states[path], word) for path, word in zip(todo, said)}
         with suppress(OSError):  # where nothing can be kept, they are read again
             place.parent.mkdir(parents=True, exist_ok=True)
-            with lock_of(place.parent.with_suffix(".lock")):
+            with lock_of(place.with_suffix(".lock")):
                 write_json(place, known)
     return [known[path][1] if path in states else "" for path in paths]
 
 
 def _states(paths: Sequence[str]) -> dict[str, str]:
-    """For each of these files that is there what changes when its bytes do: of the two times the
-    second even if a program sets back the first.
-    """
-    return {path: f"{about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
-            for path, about in file_stats(paths).items()}
+    """`file_state` of each of these files that is there."""
+    return {path: _state(about) for path, about in file_stats(paths).items()}
+
+
+def file_state(path: Path) -> str:
+    """What changes when a file's bytes do."""
+    return _state(path.stat())
+
+
+def _state(about: os.stat_result) -> str:
+    # The second time changes even if a program sets back the first.
+    return f"{about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
 
 
 def fast_hash(path: str | Path) -> str:
@@ -221,7 +227,7 @@ def cache_file(name: str, write: Callable[[Path], None]) -> Path:
         return path
     make_folder(path.parent, "STUDY_CACHE")
     partial_path = path.with_name(f"{name}.partial")
-    with lock_of(path.parent.with_suffix(".lock")):  # stages side by side would all make it
+    with lock_of(path.parent / ".lock"):  # stages side by side would all make it
         try:
             partial_path.unlink(missing_ok=True)  # what a kill left takes room
             if not path.exists():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine import fingerprint
 from engine.files import hash_json, read_json, write_json
-from engine.looks import once
+from engine.looks import once, refuse_changed
 from engine.runs import Run, runs_folder
 from engine.settings import SPEED_ONLY, StageInfo, stage_info
 
@@ -51,10 +51,18 @@ def recipe_of(run: Run, name: str) -> dict:
     return once(_look_up_recipe, run, name)
 
 
-def _content_of(run: Run, name: str, function: str) -> str:
-    """The digest of what a function of `content` gives to a stage."""
+def _digest(run: Run, name: str, function: str) -> tuple:
+    """What gives the digest of what a function of `content` gives to a stage: (function, its
+    arguments).
+    """
     digest = fingerprint.DIGESTS[function]
-    return once(digest, run, name) if digest in fingerprint.OF_STAGE else once(digest, run)
+    return (digest, run, name) if digest in fingerprint.OF_STAGE else (digest, run)
+
+
+def refuse_changed_contents(run: Run, name: str) -> None:
+    """Changed if a stage would now be given other contents than at the beginning of this look."""
+    for function in recipe_of(run, name)["contents"]:
+        refuse_changed(*_digest(run, name, function))
 
 
 def _look_up_recipe(run: Run, name: str) -> dict:
@@ -64,7 +72,7 @@ def _look_up_recipe(run: Run, name: str) -> dict:
         "stage": name,
         "code": code.hash,
         "settings": {key: values[key] for key in code.settings if key not in SPEED_ONLY},
-        "contents": {key: _content_of(run, name, key) for key in code.contents},
+        "contents": {key: once(*_digest(run, name, key)) for key in code.contents},
         "reads": {other: key_of(run, other) for other in info_of(run, name).reads},
     }
 

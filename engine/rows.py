@@ -15,7 +15,7 @@ from engine.catalogue import (
     read_catalogue,
     refuse_bad_rows,
 )
-from engine.files import hash_files, hash_json
+from engine.files import file_state, hash_files, hash_json
 from engine.fingerprint import content
 from engine.pictures import picture_faults
 from engine.runs import Run
@@ -71,7 +71,7 @@ def _source(run: Run) -> tuple:
     folder = catalogue_folder(run)
     layout = LAYOUTS[find_layout(folder)]
     tables = [folder / layout["x"], folder / layout["y"], classes_file(folder)]
-    state = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in tables)
+    state = tuple(map(file_state, tables))
     if run.profile.bad_rows == "stop":
         return folder, state, "stop", ()
     paths = _read(folder, state)[0]["picture"].tolist()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import platform
+import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -31,9 +32,10 @@ from engine.keys import (
     kind_of,
     manifest_of,
     recipe_of,
+    refuse_changed_contents,
     write_manifest,
 )
-from engine.looks import one_look
+from engine.looks import Changed, one_look
 from engine.processes import (
     agreed,
     device,
@@ -135,6 +137,11 @@ def _build(run: Run, name: str, key: str, partial: Path) -> None:
     try:
         with full_disk_explained(partial):
             metrics = MAKERS[kind_of(name)](run, name, partial) or {}
+        if group().is_main_process:
+            refuse_changed_contents(run, name)
+    except Changed:
+        shutil.rmtree(partial)
+        raise
     except BaseException:
         if group().is_main_process and not any(partial.iterdir()):
             partial.rmdir()  # there is nothing to go on from

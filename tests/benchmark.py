@@ -46,7 +46,7 @@ from transformers import CamembertModel, CamembertTokenizer, FlaubertModel
 import helpers as h
 from commands import costs
 from engine import training
-from engine.picture_cache import write_pictures
+from engine.picture_cache import open_cache, write_pictures
 from engine.settings import make_profile
 from engine.text_models import train_unigram
 from full_size import DESCRIPTION, TITLE, column, write_tables
@@ -291,9 +291,9 @@ def images() -> list[Ratio]:
     n, size = 1000, 224
     with tempfile.TemporaryDirectory() as folder:
         paths = write_photographs(Path(folder), n)
-        cache = Path(folder) / "pictures.npy"
-        first = seconds(lambda: write_pictures(h.DecodedPictures(paths, size), cache))
-        decoded, kept = h.DecodedPictures(paths, size), np.load(cache, mmap_mode="r")
+        cache, decoded = Path(folder) / "pictures.bin", h.DecodedPictures(paths, size)
+        first = seconds(lambda: write_pictures(decoded, cache))
+        kept, _ = open_cache(cache, decoded.shape, "r")
         taken = in_turns(3, decoded=partial(read_all, decoded), second=partial(read_all, kept))
     return [Ratio("second epoch of image loading", "decoding every epoch",
                   taken["decoded"] / taken["second"], 5, seconds=taken["second"],

@@ -15,10 +15,11 @@ from PIL import Image
 
 import helpers as h
 from conftest import tiny_products
-from engine import catalogue, files, keys
+from engine import catalogue, files, fingerprint, keys
 from engine.catalogue import CLASSES
-from engine.looks import one_look
+from engine.looks import Changed, one_look
 from engine.rows import chosen_products
+from engine.runs import runs_folder
 from engine.settings import FROZEN_STAGES, STAGES
 
 COLUMNS = ["title", "description", "product_id", "image_id", "prdtypecode", "label_id", "picture"]
@@ -315,6 +316,25 @@ def test_a_stage_that_is_missing_is_told_in_one_look(make_run, asked):
     with pytest.raises(FileNotFoundError, match="image_whole"):
         h.read_stage(make_run(), "image_whole")
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("name", ["text", "seresnext"])
+def test_what_changes_while_a_stage_is_made_is_not_kept(run, tiny_ens, monkeypatch, name):
+    """Else a stage of other texts or pictures would lie under the key of these."""
+    make, code_of = keys.MAKERS[name], fingerprint.code_of
+    path, table = Path(product(run, 7)["picture"]), tiny_ens / "X_train_update.csv"
+
+    def meanwhile(*args):
+        draw_again(path) if name == "seresnext" else rewrite(table, "Skimmer", "Skimmez")
+        return make(*args)
+
+    h.stage(run, "splits")
+    monkeypatch.setitem(keys.MAKERS, name, meanwhile)
+    monkeypatch.setattr(fingerprint, "code_of",
+                        lambda function: code_of(make if function is meanwhile else function))
+    with pytest.raises(Changed, match="the catalogue was changed"):
+        h.stage(run, name)
+    assert not list(runs_folder().glob(f"stages/{name}*"))
 
 
 def test_the_next_look_asks_again(run, asked):

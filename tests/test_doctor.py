@@ -242,7 +242,7 @@ def test_other_files_in_the_cache_are_not_taken_for_this_runs(make_run):
     cache.mkdir(parents=True)
     own = cache_bytes((55, 3, 2000, 2000))
     for name, size, used in (("other", 10 ** 9, "0.0"), ("own", own, "0.7")):
-        with (cache / f"pictures-{name}.npy").open("wb") as file:
+        with (cache / f"pictures-{name}.bin").open("wb") as file:
             file.truncate(size)
         found = checked("disk, data/cache", doctor.check_disk(run)).found
         assert f"need 0.7 GB, {used} GB of it are used" in found

@@ -1,6 +1,7 @@
 """Pictures: decoding, normalisation, augmentation, the cache."""
 import os
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import helpers as h
 from engine import files, fingerprint, picture_cache
 from engine import pictures as pictures_room
 from engine.files import cache_file
+from engine.looks import Changed
 from engine.rows import pictures_digest
 from engine.runs import cache_folder
 
@@ -203,8 +205,7 @@ def test_cache_equals_decoding_in_order_of_product_id_and_is_made_once(run, prod
     assert found.shape == (55, 3, 24, 24) and found.dtype == np.uint8 and len(products) == 55
     for row, path in zip(found, products["picture"]):
         assert np.array_equal(row, h.decode_picture(path, 24))
-    (cache,) = caches()
-    assert cache.suffix == ".npy"
+    assert len(caches()) == 1
 
     def refuse(*args, **kwargs):
         raise AssertionError("a picture was decoded again")
@@ -255,11 +256,21 @@ def test_a_picture_is_hashed_once_until_it_changes(run, products, monkeypatch):
     assert pictures_digest(run) != first and len(read) == 56
 
 
+def flip(content: bytes, place: int) -> bytes:
+    changed = bytearray(content)
+    changed[place] ^= 4
+    return bytes(changed)
+
+
 @pytest.mark.parametrize("damage, said", [
+    (lambda content: bytes(10_000) + content[10_000:], "pictures 0 to 54;"),
     (lambda content: content[:-4000] + bytes(3996) + content[-4:], "pictures 0 to 54;"),
-    (lambda content: content[:200] + bytes([content[200] ^ 4]) + content[201:], "pictures 0 to"),
+    (lambda content: content[:-10_000] + bytes(10_000), "pictures 0 to 54;"),  # checksum and all
+    (partial(flip, place=0), "pictures 0 to"), (partial(flip, place=200), "pictures 0 to"),
+    (partial(flip, place=-1), "pictures 0 to"),  # of a checksum
     (lambda content: content[:1000], "1,000 bytes"), (lambda content: b"", "0 bytes")],
-    ids=["zeroed", "one bit", "cut off", "empty"])
+    ids=["begin zeroed", "zeroed", "end zeroed", "first bit", "one bit", "bit of a checksum",
+         "cut off", "empty"])
 def test_a_damaged_cache_is_named_and_mended(run, damage, said):
     before = np.array(h.cached_pictures(run, 16))
     (cache,) = caches()
@@ -276,7 +287,7 @@ def test_one_block_is_mended_alone(run, monkeypatch):
     before, decoded = np.array(h.cached_pictures(run, 16)), []
     (cache,) = caches()
     with cache.open("r+b") as file:
-        file.seek(picture_cache.NPY_HEADER + 53 * 3 * 16 * 16)  # in the last block, of 5 pictures
+        file.seek(53 * 3 * 16 * 16)  # in the last block, of 5 pictures
         file.write(bytes(100))
     read = pictures_room.open_picture
     monkeypatch.setattr(pictures_room, "open_picture",
@@ -284,6 +295,35 @@ def test_one_block_is_mended_alone(run, monkeypatch):
     with pytest.warns(UserWarning, match="pictures 50 to 54; they are decoded again"):
         assert np.array_equal(h.cached_pictures(run, 16), before)
     assert len(decoded) == 5
+
+
+def test_a_picture_that_changes_while_the_cache_is_written_leaves_no_cache(run, products,
+                                                                           monkeypatch):
+    write, path = picture_cache.write_pictures, Path(products["picture"][3])
+    whole = path.read_bytes()
+
+    def meanwhile(*args):
+        Image.new("RGB", (80, 80), (0, 255, 0)).save(path)
+        write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(picture_cache, "write_pictures", meanwhile)
+        with pytest.raises(Changed, match="catalogue was changed while .* start again"):
+            h.cached_pictures(run, 16)
+    assert not list(cache_folder().glob("pictures-*"))
+    path.write_bytes(whole)
+    assert np.array_equal(h.cached_pictures(run, 16)[3], h.decode_picture(path, 16))
+
+
+@pytest.mark.parametrize("cache_pictures", [True, False])
+def test_a_link_out_of_the_pictures_folder_is_not_followed(make_run, products, tmp_path,
+                                                           cache_pictures):
+    path = Path(products["picture"][3])
+    path.rename(tmp_path / "elsewhere.jpg")
+    path.symlink_to(tmp_path / "elsewhere.jpg")
+    with pytest.raises(ValueError, match=f"1 of 55 pictures are absent.* {path.name}"):
+        h.cached_pictures(make_run(cache_pictures=cache_pictures), 16)
+    assert caches() == []
 
 
 def test_cache_notices_another_way_of_decoding(run, monkeypatch):
