@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from engine.files import one_line, remember
 
@@ -32,16 +33,29 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     of an animated one. ValueError for a mode whose numbers have no agreed black and white. Shown
     in 05.
     """
+    refuse_odd_numbers(picture)
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I;16"):
-        grey = np.asarray(picture).astype(np.uint32)
-        return Image.fromarray((grey // 257).astype(np.uint8)).convert("RGB")
+        numbers = np.asarray(picture).astype(np.uint32)
+        grey = np.where(numbers == picture.info.get("transparency"), 255, numbers // 257)
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if picture.mode not in MODES:
         raise ValueError(f"its mode {picture.mode} has no agreed black and white")
     if picture.has_transparency_data:
         layer = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return picture.convert("RGB")
+
+
+def refuse_odd_numbers(picture: Image.Image) -> None:
+    """ValueError for numbers that Pillow reads as other colours than those that are meant."""
+    tags = getattr(picture, "tag_v2", None)
+    if tags and picture.mode.startswith("I;16") and (
+            tags.get(BITSPERSAMPLE) != (16,) or tags.get(PHOTOMETRIC_INTERPRETATION) == 0):
+        raise ValueError("its 16-bit grey does not go from 0 for black to 65,535 for white")
+    stored = [tile[3] for tile in getattr(picture, "tile", [])]
+    if "transparency" in picture.info and any(bits in stored for bits in ("RGB;16B", "L;2", "L;4")):
+        raise ValueError("its transparent colour is given in other bits than Pillow reads")
 
 
 def decode_picture(path: str | Path, size: int) -> np.ndarray:

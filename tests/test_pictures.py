@@ -1,5 +1,8 @@
 """Pictures: decoding, normalisation, augmentation, the cache."""
 import os
+import re
+import struct
+import zlib
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
@@ -94,10 +97,44 @@ def test_what_is_transparent_is_white_and_no_hidden_colour(tmp_path):
              (Image.merge("LA", [Image.new("L", (30, 30), 9), Image.new("L", (30, 30), 0)]), {},
               (255, 255, 255)),
              (RED, {"transparency": (255, 0, 0)}, (255, 255, 255)),
+             (Image.fromarray(np.full((30, 30), 1000, np.uint16)), {"transparency": 1000},
+              (255, 255, 255)),
+             (Image.fromarray(np.full((30, 30), 1000, np.uint16)), {"transparency": 1001},
+              (3, 3, 3)),
              (half, {}, (255, 127, 127)), (RED.convert("RGBA"), {}, (255, 0, 0))]
     for picture, options, colour in cases:
         path = written(picture, tmp_path / "x.png", **{"format": "PNG", **options})
         assert h.decode_picture(path, 16)[:, 8, 8].tolist() == list(colour)
+
+
+@pytest.mark.parametrize("tag, value", [(262, 0), (258, 12)], ids=["white is 0", "12 bits"])
+def test_grey_of_another_scale_is_refused_by_name(tmp_path, tag, value):
+    """Pillow reads its numbers as they are: white came out black, or nearly so."""
+    path = written(SEEN_AS_GREY["I;16", "TIFF"], tmp_path / "x.tif")
+    (old,) = set(re.findall(struct.pack("<HHI", tag, 3, 1) + b"..\0\0", path.read_bytes(), re.S))
+    path.write_bytes(path.read_bytes().replace(old, old[:8] + struct.pack("<HH", value, 0)))
+    with Image.open(path) as picture:
+        assert picture.mode == "I;16"
+    with pytest.raises(ValueError, match=r"x\.tif cannot be read \(its 16-bit grey does not go"):
+        h.decode_picture(path, 16)
+
+
+@pytest.mark.parametrize("colours, bits, row", [(2, 16, b"\0\x09" * 24), (0, 4, b"\x11" * 4),
+                                                (0, 2, b"\x55" * 2)])
+def test_a_transparent_colour_of_other_bits_is_refused_by_name(tmp_path, colours, bits, row):
+    """Pillow makes 8 bits of the numbers, not of the colour: what is hidden would be seen."""
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        whole = kind + content
+        return struct.pack(">I", len(content)) + whole + struct.pack(">I", zlib.crc32(whole))
+
+    transparent = struct.pack(">HHH", 9, 9, 9) if colours else struct.pack(">H", 1)
+    path = tmp_path / "x.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join([
+        chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, bits, colours, 0, 0, 0)),
+        chunk(b"tRNS", transparent), chunk(b"IDAT", zlib.compress((b"\0" + row) * 8)),
+        chunk(b"IEND", b"")]))
+    with pytest.raises(ValueError, match=r"x\.png cannot be read \(its transparent colour"):
+        h.decode_picture(path, 16)
 
 
 def test_a_picture_is_upright_as_its_exif_says(tmp_path, halves):
