@@ -25,14 +25,15 @@ ELEMENTS = r"""
     map|mark|marquee|menu|meta|meter|nav|nobr|noframes|noscript|object|ol|optgroup|option|output|p|
     param|picture|pre|progress|q|rp|rt|ruby|s|samp|script|section|select|small|source|span|strike|
     strong|style|sub|summary|sup|svg|table|tbody|td|template|textarea|tfoot|th|thead|time|title|tr|
-    track|tt|u|ul|var|video|wbr"""
-# A `<` that begins none of these is text, as in "poids<lourd", "<NEUF>" or an unfinished tag. No
-# part of the pattern passes the next `<`, or is tried twice: the time is linear.
+    track|tt|u|ul|var|video|wbr|(?:o|v|w|m|x|st1):\w+"""
+# A `<` that begins none of these is text, as in "poids<lourd", "<NEUF>", "<vis L=40 mm>" or an
+# unfinished tag. No part of the pattern passes the next `<`, or is tried twice: the time is linear.
 TAG = re.compile(rf"""
-      </? (?: {ELEMENTS} | (?:o|v|w|m|x|st1):\w+ )     # <br>, </p>, <o:p>
+      </? (?: {ELEMENTS} )                                      # <br>, </p>, <o:p>
           (?: \s+ (?: nowrap|noshade|compact|checked|selected|disabled|controls ) )*+
           \s*+ /?+ \s*+ >
-    | < [a-z][\w:-]*+ [\s/]++ [\w:-]++ \s*+ =                   # <a href=...>
+    | < (?: (?: {ELEMENTS} ) [\s/]++ [\w:-]++ \s*+ =             # <a href=...>
+          | [a-z][\w:-]*+ [\s/]++ [\w:-]++ \s*+ = (?=\s*+["']) ) # <x-font size="2">
           (?: \s*+ (?: "[^"<]*+" | '[^'<]*+' | [^\s<>"']*+ ) [^<>"'=]*+ =?+ )*+ [^<>]*+ >
     | <!doctype [^<>]*+ > | <\?\w [^<>]*+ > | <!-- """, re.VERBOSE | re.IGNORECASE)
 # What a browser does not show. Where the end is missing, what follows is shown.

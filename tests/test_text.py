@@ -53,6 +53,7 @@ ODD_TEXTS = ["<mask>", "a <mask> b", "a<mask>b </s> c", "  deux   espaces ", "sa
     ('<p style="font-family: "Arial";">un</p>', "un"),
     ('<a title="a > b">un</a>', "un"),
     ("<a\nhref='x'>un</a><td width=10 nowrap>deux<input disabled>", "un deux"),
+    ("<x-font size=\"2\">un <mot v = 'a' w=b>deux", "un deux"),
     ("<o:p></o:p><?xml:namespace prefix = o /><!DOCTYPE html>un", "un"),  # of a word processor
     ("L&amp;apos;arbre caf&amp;eacute;", "L'arbre café"),       # written twice
     ("&amp;amp;lt;b&amp;amp;gt;gras &amp;amp;amp;", "gras &"),
@@ -67,6 +68,7 @@ def test_strip_html_as_worked_by_hand(text, plain):
 @pytest.mark.parametrize("text", [
     "<<Les Vagues>>", "<NEUF>", "poids<lourd 3 kg", "<ref 2203 blanche", "<table basse> bois",
     "<3 de nos clients", "prix <12:30>", "a --> b", "un <a href=", "un <b ", "un </p",
+    "Lot <vis L=40 mm> acier", "<diam D=32 longueur 50 m> noir", "<ref taille=42> blanche",
     "R&D <-> SAV", '<a href="x" Table en bois', "<img src=x.jpg Chaise et <b"])
 def test_what_is_no_whole_tag_stays(text):
     assert h.strip_html(text) == text.strip()
@@ -79,7 +81,7 @@ def test_what_is_hidden_without_an_end_is_shown(text):
     assert shown[:2] == ["un", "deux"] or shown == ["un", "deux</style"]
 
 
-WORDS = ["bois", "l'été", "é", "10", "5<6", "<NEUF>", "poids<lourd"]
+WORDS = ["bois", "l'été", "é", "10", "5<6", "<NEUF>", "poids<lourd", "<vis", "L=40", "mm>"]
 MARKS = ["<br>", "<br />", "</p>", "<b>", "<o:p>", "<a ", "<p", "</", "<", ">", "&", '"', "&lt;",
          "<x", "&amp;euro;", "-->", "\x92"]
 
