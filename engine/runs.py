@@ -25,6 +25,7 @@ from engine.settings import (
 )
 
 OWN_CLASSES = "classes.csv"  # beside the tables of a catalogue that is not Rakuten's
+SAMPLE_MARK = "sample.json"  # lies in a folder that the sample's generator has written
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,9 @@ class Run:
 
     @property
     def synthetic(self) -> bool:
-        """Whether its products are the sample's, which are invented."""
-        return self.profile.data == PROFILES["sample"].data
+        """Whether its products are the sample's, which are invented, wherever they lie."""
+        return (self.profile.data == PROFILES["sample"].data
+                or (self.data_folder / SAMPLE_MARK).exists())
 
     @property
     def data_folder(self) -> Path:

@@ -3,10 +3,12 @@ starts. Runs: what is another run has another folder.
 """
 import dataclasses
 import re
+import shutil
 
 import pytest
 
 import helpers as h
+from engine import catalogue
 from engine.settings import (
     IN_FOLDER,
     SPEED_ONLY,
@@ -249,3 +251,17 @@ def test_what_is_synthetic_follows_the_data_and_not_the_profile():
     assert not own.synthetic and "synthetic" not in h.data_note(own)
     assert not h.open_run("paper", "90-10", 0).synthetic
     assert h.open_run("paper", "90-10", 0, {"data": "data/sample"}).synthetic
+
+
+@pytest.mark.parametrize("named", ["data", "RAKUTEN_DATA"])
+def test_the_sample_is_synthetic_wherever_it_lies(named, tmp_path, monkeypatch):
+    """Its numbers would else stand beside the paper's as Rakuten's."""
+    folder = catalogue.catalogue_folder(h.open_run("sample", "90-10", 0))
+    shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("images"))
+    monkeypatch.setenv("RAKUTEN_DATA", str(tmp_path / "copy" if named == "RAKUTEN_DATA" else ""))
+    for place in (folder, tmp_path / "copy", f"{tmp_path}/./copy/"):
+        changes = {"data": str(place)} if named == "data" else {}
+        run = h.open_run("paper", "90-10", 0, changes)
+        assert run.synthetic and "synthetic" in h.data_note(run)
+        assert "other data" in run.unlike_the_paper
+        assert catalogue.catalogue_folder(run) == run.data_folder
