@@ -181,7 +181,9 @@ def cells_without_figure(book: dict) -> str:
 
 @contextlib.contextmanager
 def own_kernel():
-    """Within, the kernel `python3` is this very Python, whatever else is installed as that."""
+    """Within, the kernel `python3` is this very Python, whatever else is installed as that, and
+    without the user's own settings of IPython and Matplotlib.
+    """
     with temporary_folder() as folder:
         place = folder / "kernels" / "python3"
         place.mkdir(parents=True)
@@ -189,7 +191,9 @@ def own_kernel():
         write_json(place / "kernel.json", {"argv": words, "display_name": "Python 3",
                                            "language": "python"})
         others = os.environ.get("JUPYTER_PATH")
-        with environment(JUPYTER_PATH=os.pathsep.join(filter(None, (str(folder), others)))):
+        (folder / "matplotlibrc").touch()  # no settings of the user's
+        with environment(JUPYTER_PATH=os.pathsep.join(filter(None, (str(folder), others))),
+                         IPYTHONDIR=folder / "ipython", MATPLOTLIBRC=folder / "matplotlibrc"):
             yield
 
 

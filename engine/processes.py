@@ -149,13 +149,21 @@ def _what_failed(error: Path, log: Path) -> str:
 def end_with_parent() -> None:
     """End this process when the one that started it (STUDY_PARENT) is gone."""
     def watch(parent: int) -> None:
-        while psutil.pid_exists(parent):
+        while _lives(parent):
             time.sleep(1)
         os._exit(1)
 
     if "STUDY_PARENT" in os.environ:
         parent = int(os.environ["STUDY_PARENT"])
         threading.Thread(target=watch, args=[parent], daemon=True).start()
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process works: one that was killed stays listed until its parent asks after it."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def peak_memory_gb() -> float:

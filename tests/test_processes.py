@@ -1,5 +1,7 @@
 """Several processes: a stage made by two together, and stages side by side, come out as by one."""
 import os
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -157,6 +159,20 @@ def test_what_a_process_said_before_an_unforeseen_error_is_kept(prepared, tmp_pa
     with pytest.raises(ChildProcessError, match="RuntimeError: CUDA error: an illegal") as error:
         h.stage(run, "camembert_title")
     assert "in go_on" in str(error.value) and len(str(error.value).splitlines()) < 30
+
+
+def test_a_process_ends_with_its_parent_though_nobody_asks_after_it(tmp_path):
+    """A parent that was killed stays listed until its own parent has asked how it ended."""
+    child = ("import os, time\nfrom engine.processes import end_with_parent\n"
+             "end_with_parent()\nprint(os.getpid(), flush=True)\ntime.sleep(60)")
+    parent = ("import os, subprocess, sys\nos.environ['STUDY_PARENT'] = str(os.getpid())\n"
+              f"subprocess.run([sys.executable, '-c', {child!r}])")
+    killed = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE)
+    below = psutil.Process(int(killed.stdout.readline()))
+    killed.kill()  # and no wait()
+    _, alive = psutil.wait_procs([below], timeout=20)
+    assert not alive and psutil.Process(killed.pid).status() == psutil.STATUS_ZOMBIE
+    killed.communicate()
 
 
 def test_processes_end_when_the_notebook_is_interrupted(prepared, monkeypatch):
@@ -327,7 +343,9 @@ def executed(folder: Path, run: h.Run, monkeypatch, *cells: str) -> None:
 
 
 def test_kernel_and_figures_do_not_depend_on_a_users_environment(make_run, tmp_path, monkeypatch):
-    """Another kernel of the same name, Matplotlib without a screen, another helpers.py."""
+    """Another kernel of the same name, Matplotlib without a screen, another helpers.py, settings of
+    one's own for IPython and Matplotlib.
+    """
     other = tmp_path / "jupyter" / "kernels" / "python3"
     other.mkdir(parents=True)
     write_json(other / "kernel.json", {"argv": ["/nowhere/python"], "display_name": "Python 3",
@@ -336,10 +354,17 @@ def test_kernel_and_figures_do_not_depend_on_a_users_environment(make_run, tmp_p
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    startup = tmp_path / "ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "own.py").write_text("mine = 1")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    (tmp_path / "ipython" / "matplotlibrc").write_text("lines.linewidth: 7")
+    monkeypatch.setenv("MATPLOTLIBRC", str(tmp_path / "ipython"))
     first = read_json(ROOT / "notebooks" / "01_data_exploration.ipynb")
     found = next(line for cell in first["cells"] for line in cell["source"]
                  if line.startswith("sys.path"))
     executed(tmp_path, make_run(), monkeypatch, FIGURE,
+             "assert 'mine' not in globals()\nassert plt.rcParams['lines.linewidth'] == 1.5",
              f"import os, sys\nos.chdir({str(ROOT / 'notebooks')!r})\n{found}\nimport helpers")
     assert os.environ["JUPYTER_PATH"] == str(tmp_path / "jupyter")
 
