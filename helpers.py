@@ -296,7 +296,8 @@ def read_text(run: Run) -> pd.DataFrame:
 
 def read_cleaned(run: Run) -> pd.DataFrame:
     """The cleaned text of all the run's rows, whatever their part: no split decides it."""
-    return pd.read_csv(read_stage(run, "text") / "text.csv", keep_default_na=False)
+    return pd.read_csv(read_stage(run, "text") / "text.csv", keep_default_na=False,
+                       dtype=dict.fromkeys(FIELDS, str))
 
 
 BASELINES = ("majority class", "TF-IDF title", "TF-IDF description", "TF-IDF both")

@@ -13,9 +13,9 @@ import pandas as pd
 from engine import settings
 from engine.files import file_stats, hash_file, lock_of, make_folder, read_json
 from engine.fingerprint import content
-from engine.runs import OWN_CLASSES, Run, cache_folder
+from engine.runs import OWN_CLASSES, SAMPLE_MARK, Run, cache_folder
 from engine.settings import FIELDS
-from engine.tables import WHOLE, read_table
+from engine.tables import CODE, WHOLE, read_classes, read_table
 from engine.texts import strip_html
 
 LAYOUTS = {
@@ -53,12 +53,12 @@ def load_classes(run: Run) -> pd.DataFrame:
     """The classes of the run's catalogue: label_id, prdtypecode, domain, name_fr, name_en, and how
     many rows each has in the whole table, train_rows, of these rows_with_description.
     """
-    return pd.read_csv(classes_file(catalogue_folder(run)))
+    return read_classes(classes_file(catalogue_folder(run)))
 
 
 def load_rakuten_classes() -> pd.DataFrame:
     """Rakuten's 27 classes with the public tables' row counts, whatever a run is about."""
-    return pd.read_csv(CLASSES)
+    return read_classes(CLASSES)
 
 
 @content(lambda run: hash_file(PUBLISHED))
@@ -86,7 +86,7 @@ def catalogue_folder(run: Run) -> Path:
     The sample lies beside the cache, data/cache unless STUDY_CACHE names another. RAKUTEN_DATA
     replaces `data/raw`. FileNotFoundError says what to do if there is no catalogue.
     """
-    if run.synthetic:
+    if run.profile.data == settings.PROFILES["sample"].data:
         return _current_sample(cache_folder().with_name("sample"))
     find_layout(run.data_folder)
     return run.data_folder
@@ -110,7 +110,7 @@ def _current_sample(folder: Path) -> Path:
     generator = sample_generator()
 
     def is_current() -> bool:
-        written = read_json(folder / "sample.json") or {}
+        written = read_json(folder / SAMPLE_MARK) or {}
         return written.get("source_sha256") == generator.source_hash()
 
     if not is_current():
@@ -154,9 +154,9 @@ def read_catalogue(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     y = read_rows(folder, layout["y"], [layout["label"]])
     refuse_other_rows(folder, x, y)
     codes = y[layout["label"]].loc[x.index]
-    x["prdtypecode"] = pd.to_numeric(codes, errors="coerce")
+    x["prdtypecode"] = pd.to_numeric(codes.where(codes.str.fullmatch(CODE)))
     table = classes_file(folder)
-    classes = pd.read_csv(table)
+    classes = read_classes(table)
     x["label_id"] = x["prdtypecode"].map(classes.set_index("prdtypecode")["label_id"])
     place = "data/rakuten_classes.csv" if table == CLASSES else OWN_CLASSES
     unknown = f"the product type code {{!r}} is none of the {len(classes)} of {place}"

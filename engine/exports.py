@@ -19,6 +19,7 @@ from engine.fusions import fusion_of
 from engine.runs import Run
 from engine.settings import PROFILES, REPRESENTATIONS, make_profile, setting_names
 from engine.stages import is_made, other_versions, read_manifest, read_stage
+from engine.tables import read_classes
 from engine.variants import Variant, named_variant, text_level
 
 ABOUT, TABLE, SEAL = "classifier.json", "classes.csv", "hashes.json"
@@ -76,7 +77,7 @@ def parts_of_folder(folder: Path, variant: str | None = None) -> Parts:
     profile = make_profile(about["profile"], about["settings"])
     folders = {path.name: path.resolve() for path in folder.iterdir() if path.is_dir()}
     return Parts(Run(profile, about["split"], about["seed"]), named_variant(about["variant"]),
-                 folders, pd.read_csv(folder / TABLE))
+                 folders, read_classes(folder / TABLE))
 
 
 def refuse_export(folder: Path, run: Run, variant: Variant) -> None:

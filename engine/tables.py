@@ -11,6 +11,7 @@ import pandas as pd
 from engine.files import one_line
 
 WHOLE = r"(?:0|[1-9][0-9]{0,17})"  # an id, or a row's number
+CODE = rf"{WHOLE}(?:\.0+)?"  # a product type code, also as pandas saves it beside a missing one
 OTHER_FILES = {b"\x1f\x8b": "compressed by gzip: unpack it", b"PK\x03\x04": "a zip or Excel file: "
                "unpack it, or save it as text", b"\xd0\xcf\x11\xe0": "an Excel file: save it as "
                "text", b"\xff\xfe": "in UTF-16: save it in UTF-8", b"\xfe\xff": "in UTF-16: save "
@@ -29,6 +30,12 @@ def read_table(path: Path, separator: str, columns: Sequence[str],
     table = pd.DataFrame(rows, columns=header, dtype=str).set_index(header[0])
     refuse_odd_rows(path, table)
     return table[list(columns)]
+
+
+def read_classes(path: Path) -> pd.DataFrame:
+    """A class table; names are texts, also those like None, NA, True or 007."""
+    return pd.read_csv(path, keep_default_na=False,
+                       dtype=dict.fromkeys(("domain", "name_fr", "name_en"), str))
 
 
 def split_rows(path: Path, text: str, separator: str) -> tuple[list[str], list[list[str]]]:
@@ -81,6 +88,9 @@ def refuse_odd_columns(path: Path, header: Sequence[str], separator: str, column
         hint = f"; is it separated by {others[0]!r} instead of {separator!r}?" if others else ""
         raise ValueError(f"{path} has no column {', '.join(missing)}; found: "
                          f"{', '.join(header)}{hint}")
+    if twice := [column for column in columns if header.count(column) > 1]:
+        raise ValueError(f"{path} has more than one column {', '.join(twice)}; keep one, or get it "
+                         "again")
 
 
 def refuse_odd_rows(path: Path, table: pd.DataFrame) -> None:

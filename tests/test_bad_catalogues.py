@@ -77,6 +77,21 @@ def test_a_file_that_is_not_the_table_is_named_with_the_remedy(tiny_ens, change,
     assert X in str(error.value)
 
 
+@pytest.mark.parametrize("file, column", [(X, "designation"), (X, "imageid"), (Y, "prdtypecode")])
+def test_a_column_that_occurs_twice_is_named(tiny_ens, file, column):
+    table = pd.read_csv(tiny_ens / file, index_col=0, dtype=str)
+    pd.concat([table, table[[column]]], axis=1).to_csv(tiny_ens / file)
+    with pytest.raises(ValueError, match=f"{file} has more than one column {column}; keep one"):
+        h.load_catalogue(tiny_ens)
+
+
+@pytest.mark.parametrize("code", ["1e1", "+10", " 10", "10.0000000000000001", "10.5", "0x0a", "١٠"])
+def test_a_code_that_is_no_whole_number_is_refused(tiny_ens, code):
+    set_cells(tiny_ens / Y, {2: code}, "prdtypecode")
+    with pytest.raises(ValueError, match=f"row 2: the product type code {re.escape(repr(code))}"):
+        h.load_catalogue(tiny_ens)
+
+
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_a_line_that_is_not_utf8_is_the_one_that_is_named(tiny_ens, mark):
     rewrite(tiny_ens / Y, lambda data: mark + data.replace(b"\n5,", b"\n5,\xe9", 1))
@@ -104,6 +119,17 @@ def test_huge_texts_are_cleaned_in_seconds(text, cleaned):
     start = time.process_time()
     assert h.clean_text(text, "light") == cleaned
     assert time.process_time() - start < 5  # today under one; nested tags once took 100
+
+
+@pytest.mark.parametrize("titles", [["00046", "7"], ["True", "False"], ["1e5", "0x1F"]])
+def test_titles_that_look_like_numbers_stay_texts(make_run, tiny_ens, titles):
+    """Read back as numbers, 00046 would be 46, and no tokenizer would take it."""
+    set_cells(tiny_ens / X, {row: titles[row % 2] for row in range(60)}, "designation")
+    run = make_run()
+    for name in ("splits", "text"):
+        h.stage(run, name)
+    assert set(h.read_cleaned(run)["title"]) == set(map(str.lower, titles))
+    h.stage(run, "baselines")
 
 
 # --- rows -----------------------------------------------------------------------------------------

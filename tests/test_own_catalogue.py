@@ -89,6 +89,19 @@ def test_numbers_as_labels_stay_the_codes(shop, tmp_path):
     assert load_catalogue(tmp_path / "own")["prdtypecode"].tolist() == table["category"].tolist()
 
 
+@pytest.mark.parametrize("labels", [("None", "NA", "null"), ("001", "01", "1"),
+                                    ("True", "False", "nan"), ("1.10", "1.1", "1e1")])
+def test_a_classs_name_is_the_text_that_it_is(shop, tmp_path, labels):
+    folder, table = shop
+    names = dict(zip(("Garden tools", "Kitchenware", "Board games"), labels))
+    table["category"] = table["category"].map(names)
+    import_catalogue(written(folder, table), tmp_path / "own", COLUMNS, blank=True)
+    classes = h.load_classes(h.open_run("sample", "90-10", 0, {"data": str(tmp_path / "own")}))
+    assert classes["name_fr"].tolist() == classes["name_en"].tolist() == sorted(labels)
+    found = load_catalogue(tmp_path / "own")["label_id"].map(classes["name_en"])
+    assert found.tolist() == table["category"].tolist()
+
+
 @pytest.mark.parametrize("change, said", [
     (lambda t: t.assign(photo="-"), "42 rows cannot be used (row 1: it names no picture"),
     (lambda t: t.assign(photo="gone.jpg"), "row 1: picture "),
