@@ -33,6 +33,7 @@ from rich.console import Console
 from commands import options
 from commands import plan as plans
 from commands.options import make_plan
+from engine.files import printable
 from engine.settings import one_of
 
 gc.disable()  # helpers.py, where the libraries are, begins to look for garbage
@@ -280,14 +281,14 @@ def main(words: list[str] | None = None) -> int:
     except Exception as error:
         if not _is_ours(error):
             raise
-        problems.print(f"error: {error}", style="red", highlight=False, markup=False,
+        problems.print(printable(f"error: {error}"), style="red", highlight=False, markup=False,
                        soft_wrap=True)
         return 1
 
 
 def _is_ours(error: Exception) -> bool:
     """Whether an error says in one sentence what is wrong and what to do."""
-    names = ("CodeChanged", "DamagedStage", "StepFailed")
+    names = ("Changed", "CodeChanged", "DamagedStage", "StepFailed")
     return isinstance(error, ValueError | OSError) or type(error).__name__ in names
 
 

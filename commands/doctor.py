@@ -34,7 +34,7 @@ from commands.inputs import (
 )
 from commands.networks import check_networks, check_weights_here, check_weights_on_hub
 from engine import settings
-from engine.files import read_json
+from engine.files import printable, read_json
 from engine.keys import folder_of
 from engine.picture_cache import cache_bytes
 from engine.progress import cores
@@ -205,6 +205,6 @@ def print_checks(console: Console, checks: Iterable[Check]) -> None:
         table.add_column(column, overflow="fold")  # names of files are never cut
     colours = {"ok": "green", "warning": "yellow", "fatal": "red"}
     for check in checks:
-        words = map(escape, (check.found, check.todo))
+        words = (escape(printable(said)) for said in (check.found, check.todo))
         table.add_row(check.name, f"[{colours[check.state]}]{check.state}[/]", *words)
     console.print(table)

@@ -131,7 +131,8 @@ def find_image_weights(run: Run) -> Check | None:
     if file and not file.exists():
         return Check("seresnext", "fatal", f"image_weights={weights}: there is no file {file}",
                      "bring it, or set image_weights=none for random weights")
-    wrong = fault(h.ImageEncoder, name, weights) if file else fault(hub_repository, name)
+    size = run.profile.image_size
+    wrong = fault(h.ImageEncoder, name, weights, size) if file else fault(hub_repository, name)
     if wrong or file or cached(hub_repository(name), "model.safetensors"):
         place = f"file {weights}" if file else "in the hub's local cache"
         return judge("seresnext", f"{name}: {place}", wrong)

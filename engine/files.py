@@ -213,10 +213,10 @@ def temporary_folder() -> Iterator[Path]:
     Who holds the lock in a folder lives: the system frees it, however its holder ends.
     """
     for left in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*"):
-        with suppress(OSError, Timeout), FileLock(left / "alive", timeout=0):
+        with suppress(OSError, Timeout), lock_of(left / "alive").acquire(timeout=0):
             shutil.rmtree(left, ignore_errors=True)
     with (tempfile.TemporaryDirectory(prefix=TEMPORARY, ignore_cleanup_errors=True) as name,
-          FileLock(Path(name) / "alive")):
+          lock_of(Path(name) / "alive")):
         yield Path(name)
 
 
@@ -237,6 +237,14 @@ def cache_file(name: str, write: Callable[[Path], None]) -> Path:
         finally:
             partial_path.unlink(missing_ok=True)
     return path
+
+
+def printable(text: str) -> str:
+    """A text whose control characters, as a terminal's escape codes, are written out; its line
+    breaks stay.
+    """
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1]
+                   for char in text)
 
 
 def one_line(error: Exception) -> str:

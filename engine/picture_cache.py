@@ -11,6 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+import PIL
 
 from engine import fingerprint
 from engine.catalogue import check_pictures
@@ -68,7 +69,7 @@ def cached_pictures(run: Run, size: int) -> np.ndarray | DecodedPictures:
     if not run.profile.cache_pictures:
         return pictures
     code = fingerprint.code_of(decode_picture).hash
-    name = hash_json([code, once(pictures_digest, run), size])[:16]
+    name = hash_json([code, PIL.__version__, once(pictures_digest, run), size])[:16]
     unchanged = partial(refuse_changed, pictures_digest, run)  # the name says what it holds
 
     def write(path: Path) -> None:

@@ -6,14 +6,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import PIL
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
-from engine.files import one_line, remember
+from engine import fingerprint
+from engine.files import hash_json, one_line, remember
 
 # What shops use. Others are refused: Pillow would start another program for some.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 READABLE = "readable"  # what is remembered of a picture without a fault
+# What is remembered holds for this code and this Pillow.
+LOOK = hash_json([fingerprint.SOURCES[__name__], PIL.__version__])[:8]
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
@@ -76,7 +80,7 @@ def picture_faults(paths: Sequence[str]) -> list[str]:
         absent = f"picture {path} is absent, or a link out of its folder"
         return "" if words == READABLE else words or absent
 
-    return [told(*pair) for pair in zip(remember("readable", _look, paths), paths)]
+    return [told(*pair) for pair in zip(remember(f"{READABLE}-{LOOK}", _look, paths), paths)]
 
 
 def _look(path: str) -> str:

@@ -51,8 +51,9 @@ from engine.settings import stage_info
 
 # What a stopped stage goes on from; no part of it.
 UNTIL_WHOLE = ("trained.safetensors", "trained.json")
-LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "timm", "pretrainedmodels",
-             "scikit-learn", "numpy", "pandas")
+LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "sentencepiece", "accelerate",
+             "timm", "pretrainedmodels", "scikit-learn", "scipy", "numpy", "pandas", "nltk",
+             "pillow")
 # The stages that the one which is being made may read.
 _READABLE: ContextVar[tuple[str, ...] | None] = ContextVar("readable", default=None)
 
@@ -139,12 +140,10 @@ def _build(run: Run, name: str, key: str, partial: Path) -> None:
             metrics = MAKERS[kind_of(name)](run, name, partial) or {}
         if group().is_main_process:
             refuse_changed_contents(run, name)
-    except Changed:
-        shutil.rmtree(partial)
-        raise
-    except BaseException:
-        if group().is_main_process and not any(partial.iterdir()):
-            partial.rmdir()  # there is nothing to go on from
+    except BaseException as error:
+        nothing = isinstance(error, Changed) or not any(partial.iterdir())
+        if group().is_main_process and nothing:  # there is nothing to go on from
+            shutil.rmtree(partial)
         raise
     finally:
         _READABLE.reset(token)

@@ -391,6 +391,16 @@ def test_image_weights_are_looked_for_in_each_place(tmp_path, monkeypatch, make_
     assert "cannot take 14 x 14 tiles" in refused.found
 
 
+def test_a_weight_file_fits_the_run_s_pictures(tmp_path):
+    """A transformer is made for one size of pictures."""
+    vit = "timm/vit_tiny_patch16_224"
+    settings = {"seresnext": vit, "image_size": 96, "region_size": 96, "regions": "feature_map"}
+    for size, state in ((96, "ok"), (224, "fatal")):
+        file = tmp_path / f"{size}.safetensors"
+        save_file(h.ImageEncoder(vit, size=size).model.state_dict(), file)
+        assert examine_weights("seresnext", image_weights=str(file), **settings).state == state
+
+
 def test_a_weight_file_is_there_and_fits_or_is_refused(tmp_path):
     file = tmp_path / "weights.safetensors"
     settings = {"seresnext": "small", "image_weights": str(file)}

@@ -26,7 +26,7 @@ from commands import plan
 from commands.doctor import refuse_fatal
 from conftest import ROOT, SMALL, isolate, write_bert, write_ens
 from engine import catalogue, files, fingerprint, keys, progress, stages
-from engine.files import lock_of
+from engine.files import lock_of, temporary_folder
 from engine.looks import one_look
 from engine.runs import runs_folder
 from engine.settings import FROZEN_STAGES, SPEED_ONLY, STAGES, TABLE_FUSIONS, setting_names
@@ -888,6 +888,11 @@ def test_a_file_system_without_locks_is_named_and_gone_on_with(run, monkeypatch,
     with pytest.warns(UserWarning, match="on a file system without locks; the file .*-soft stands"):
         folder = h.stage(run, "splits")
     assert (folder / "split.csv").exists() and not list(runs_folder().rglob("*-soft"))
+    with pytest.warns(UserWarning, match="without locks"), temporary_folder() as place:
+        (place / "kept").touch()
+        with temporary_folder():  # of another process; it removes what is left
+            assert (place / "kept").exists()
+    assert not place.exists()
     inside, most = [], []
 
     def enter(_):
