@@ -96,7 +96,8 @@ def study(words: argparse.Namespace) -> None:
         from commands.report import print_tables
         from commands.site import write_report
 
-    doctor.refuse_fatal(*plans.runs_of(plan), needs_catalogue=not words.dry_run)
+    for warning in doctor.refuse_fatal(*plans.runs_of(plan), needs_catalogue=not words.dry_run):
+        console.print(printable(warning), highlight=False, markup=False, soft_wrap=True)
     if words.dry_run:
         return costs.print_costs(console, plans.runs_of(plan))
     with execute.at_work(plans.runs_of(plan)):

@@ -183,19 +183,25 @@ def check_up(run: Run, all_pictures: bool = False) -> list[Check]:
     return [check for look in CHECKS for check in instead.get(look, look)(run)]
 
 
-def refuse_fatal(*runs: Run, needs_catalogue: bool = True) -> None:
+def refuse_fatal(*runs: Run, needs_catalogue: bool = True) -> list[str]:
     """ValueError for the first of the quick checks that is fatal: what was found, what to do.
+    Else what they warn of in the catalogue, in the same words.
 
     The runs differ in split and seed alone, so their settings are looked at once.
     """
+    warned = []
     looks = [(look, runs[0]) for look, kind in CHECKS.items() if kind == "settings"]
     if needs_catalogue:
         looks += [(look, run) for look, kind in CHECKS.items() if kind == "catalogue"
                   for run in runs]
     for look, run in looks:
         for check in look(run):
+            said = "; ".join(filter(None, (check.found, check.todo)))
             if check.state == "fatal":
-                raise ValueError("; ".join(filter(None, (check.found, check.todo))))
+                raise ValueError(said)
+            if check.state == "warning" and CHECKS[look] == "catalogue":
+                warned.append(f"{check.name}: {said}")
+    return list(dict.fromkeys(warned))
 
 
 def print_checks(console: Console, checks: Iterable[Check]) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from engine.catalogue import LAYOUTS, first_fault, refuse_bad_rows
-from engine.files import one_line
+from engine.files import full_disk_explained, one_line
 from engine.pictures import picture_faults
 from engine.runs import OWN_CLASSES
 from engine.settings import FIELDS
@@ -57,9 +57,13 @@ def import_catalogue(table: Path, folder: Path, columns: Columns, images: Path |
     classes = class_table(rows)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    write_tables(partial, rows, classes)
-    copy_pictures(partial / LAYOUT["images"][0], rows)
-    partial.rename(folder)
+    try:
+        with full_disk_explained(folder.parent):
+            write_tables(partial, rows, classes)
+            copy_pictures(partial / LAYOUT["images"][0], rows)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return {"rows": len(rows), "classes": len(classes),
             "with a description": int(rows["description"].map(has_words).sum()),
             "with a picture": int((rows["picture"] != "").sum())}

@@ -14,6 +14,7 @@ from engine.catalogue import (
     load_test_products,
     test_table,
 )
+from engine.files import put_in_place
 from engine.runs import Run
 
 
@@ -34,7 +35,6 @@ def write_submission(run: Run, variant: str) -> Path:
     path = run.folder / "submissions" / variant
     path = path / f"y{name.stem[1:]}_pred{name.suffix}"  # SIGIR's naming
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    table.to_csv(partial, sep=layout["separator"])
-    partial.rename(path)
+    with put_in_place(path) as partial:
+        table.to_csv(partial, sep=layout["separator"])
     return path

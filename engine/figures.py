@@ -21,6 +21,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from engine import settings
+from engine.files import full_disk_explained
 from engine.runs import Run
 from engine.scores import metric_name
 from engine.variants import display_name
@@ -79,9 +80,10 @@ def save_figure(run: Run, fig, name: str, data: pd.DataFrame, of_run: bool = Tru
         fig.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))  # keep the corner free
         fig.text(0.995, 0.005, "synthetic sample", ha="right", fontsize=6, color=COLOURS["paper"],
                  in_layout=False)
-    fig.savefig(folder / f"{name}.png", metadata={"Software": None})
-    fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    data.to_csv(folder / f"{name}.csv", index=False)
+    with full_disk_explained(folder):
+        fig.savefig(folder / f"{name}.png", metadata={"Software": None})
+        fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        data.to_csv(folder / f"{name}.csv", index=False)
 
 
 def source_colour(model: str) -> str:

@@ -155,10 +155,20 @@ def write_json(path: Path, value: object) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text; a stop, or a full disk, leaves the old file."""
-    partial_path = path.with_name(f"{path.name}.partial")
-    with full_disk_explained(path.parent):
+    with put_in_place(path) as partial_path:
         partial_path.write_text(text, encoding="utf-8")
-    partial_path.replace(path)
+
+
+@contextmanager
+def put_in_place(path: Path) -> Iterator[Path]:
+    """Where to write a file that is at its place when it is whole; a failure leaves the old one."""
+    partial_path = path.with_name(f"{path.name}.partial")
+    try:
+        with full_disk_explained(path.parent):
+            yield partial_path
+        partial_path.replace(path)
+    finally:
+        partial_path.unlink(missing_ok=True)
 
 
 @contextmanager

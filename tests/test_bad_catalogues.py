@@ -209,6 +209,7 @@ def test_codes_that_the_chosen_rows_lack_are_told(make_run, tiny_ens):
     found = {check.name: check for check in check_catalogue(make_run())}
     assert found["codes of these rows"].state == "warning"
     assert "none of 2583, which the catalogue has" in found["codes of these rows"].found
+    assert any("none of 2583, which the" in warning for warning in refuse_fatal(make_run()))
     assert "codes of these rows" not in {check.name for check in
                                          check_catalogue(make_run(rows="all"))}
     refuse_fatal(make_run())
