@@ -136,7 +136,7 @@ def plot_confusion(ax, truth: Sequence[int], predicted: Sequence[int], names: Se
     ax.set(xlabel="predicted class", ylabel="true class", xlim=ends, ylim=ends[::-1],
            xticks=range(len(names)), yticks=range(len(names)))
     ax.set_xticklabels(numbers, fontsize=5.5)
-    ax.set_yticklabels(labels, fontsize=6.5)
+    ax.set_yticklabels(labels, fontsize=6.5, parse_math=False)  # a name is no formula
     ax.tick_params(length=0)
     return pd.DataFrame(shares, index=list(names), columns=list(names))
 

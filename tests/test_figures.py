@@ -80,7 +80,8 @@ def test_confusion_shows_shares_of_the_true_class():
     _, ax = h.figure(3, 3)
     place = pd.Series({4: 0, 9: 1, 2: 2, 7: 3})  # of the label ids, in the figure's order
     truth, predicted = [4, 4, 4, 4, 9, 9, 2], [4, 4, 4, 9, 9, 4, 2]
-    shares = h.plot_confusion(ax, truth, predicted, ["a", "b", "c", "none"], place)
+    shares = h.plot_confusion(ax, truth, predicted, ["a", "b", r"c$\frac{$", "none"], place)
+    ax.figure.canvas.draw()  # a class's name is no formula
     assert shares.loc["a"].tolist() == [0.75, 0.25, 0, 0]
     assert shares.loc["b"].tolist() == [0.5, 0.5, 0, 0]
     assert np.allclose(shares.sum(axis=1), [1, 1, 1, 0])  # a class without rows stays empty
