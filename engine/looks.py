@@ -40,5 +40,5 @@ def refuse_changed(find: Callable, *arguments: object) -> None:
     with one_look(fresh=True):
         now = find(*arguments)
     if now != once(find, *arguments):
-        raise Changed("the catalogue was changed while something was made from it, which is not "
-                      "kept; start again")
+        raise Changed("the catalogue, or a file that a setting names, was changed while something "
+                      "was made from it, which is not kept; start again")

@@ -84,7 +84,8 @@ def main() -> int:
                 rough = rough.with_name(f"rough{kills}")
         assert contents(rough) == contents(calm), "other bytes"
         assert not list((rough / "runs").rglob("*.partial")), "something is left"
-        left = [path.name for path in (rough / "temporary").iterdir()]
+        left = [path.name for path in (rough / "temporary").iterdir()
+                if not path.name.startswith("torchinductor_")]  # PyTorch's own, one for each user
         assert not left, f"left in the temporary folder: {left}"
         print(f"{kills} kills, and the same bytes in all {len(contents(calm))} stages; "
               f"{time.monotonic() - begin:.0f} s")

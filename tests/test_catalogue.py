@@ -332,7 +332,7 @@ def test_what_changes_while_a_stage_is_made_is_not_kept(run, tiny_ens, monkeypat
     monkeypatch.setitem(keys.MAKERS, name, meanwhile)
     monkeypatch.setattr(fingerprint, "code_of",
                         lambda function: code_of(make if function is meanwhile else function))
-    with pytest.raises(Changed, match="the catalogue was changed"):
+    with pytest.raises(Changed, match="the catalogue, or a file that a setting names, was changed"):
         h.stage(run, name)
     assert not list(runs_folder().glob(f"stages/{name}*"))
 
