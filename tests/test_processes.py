@@ -24,6 +24,7 @@ from commands.plan import (
     _state_of_stages,
     make_plan,
     notebook_of,
+    notes_on_versions,
     stage_graph,
     stage_names,
     state,
@@ -31,7 +32,7 @@ from commands.plan import (
 )
 from conftest import ROOT, SMALL, isolate, write_bert, write_ens
 from engine.files import read_json, write_json
-from engine.keys import folder_of
+from engine.keys import folder_of, manifest_of, write_manifest
 from engine.progress import Progress
 from engine.runs import runs_folder
 from engine.variants import TRAINED_VARIANTS
@@ -326,6 +327,22 @@ def test_each_of_two_stages_of_one_name_is_looked_at(make_run, tmp_path, monkeyp
         _state_of_stages.cache_clear()  # a command looks once
         assert state(step) == "damaged"
         path.write_bytes(whole)
+    key, name = made.popitem()
+    manifest = manifest_of(folder_of(name, key))
+    write_manifest(folder_of(name, key),
+                   manifest | {"versions": manifest["versions"] | {"nltk": "1.0"}})
+    (note,) = notes_on_versions([step])  # `status` says it
+    assert note.startswith(f"splits-{key[:8]} was made with nltk 1.0 (here ")
+
+
+def test_an_edit_while_a_notebook_runs_is_seen(make_run, tmp_path, monkeypatch):
+    """What has run is not what is written: the notebook is not done."""
+    for new, expected in (("SETTINGS = ", "done"), ("SETTINGS = MORE = ", "stale")):
+        cell = (f"from pathlib import Path\nbook = Path({str(tmp_path / 'own.ipynb')!r})\n"
+                f"book.write_text(book.read_text().replace('SETTINGS = ', {new!r}, 1))")
+        step = own_step("01_data_exploration", tmp_path, make_run(), monkeypatch, cell)
+        execute.execute({step: []}, {step: "own"}, 1, Console())
+        assert state(step) == expected
 
 
 # --- what a user's machine is like ----------------------------------------------------------------
