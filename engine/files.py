@@ -166,9 +166,10 @@ def put_in_place(path: Path) -> Iterator[Path]:
     try:
         with full_disk_explained(path.parent):
             yield partial_path
-        partial_path.replace(path)
-    finally:
+    except BaseException:
         partial_path.unlink(missing_ok=True)
+        raise
+    partial_path.replace(path)
 
 
 @contextmanager
