@@ -161,7 +161,7 @@ MUTANTS = [
     *of("engine/image_models.py", "test_image_models.py -m 'not slow'",
         ("(0.485, 0.456, 0.406)", "(0.485, 0.456, 0.4)"),
         ("(0.229, 0.224, 0.225)", "(0.229, 0.224, 0.2)")),
-    *of("helpers.py", "test_image_models.py -m 'not slow'",
+    *of("helpers.py", "test_pictures.py -m 'not slow'",
         ("v2.RandomRotation(15,", "v2.RandomRotation(0,"),
         ("        v2.RandomHorizontalFlip(),\n", ""),
         ("scale=(0.8, 1.0)", "scale=(0.2, 1.0)"),

@@ -10,7 +10,16 @@ import scipy.stats
 from sklearn.metrics import accuracy_score, f1_score
 
 import helpers as h
-from engine.claims import CLAIMS, PAIRS, SINGLE, claims_table, compare_splits, recommend
+from engine.claims import (
+    CLAIMS,
+    PAIRS,
+    SINGLE,
+    TEXT_ALONE,
+    claims_table,
+    compare_splits,
+    recommend,
+    verdict,
+)
 from engine.scores import (
     Resamples,
     compare_all,
@@ -192,6 +201,22 @@ def test_a_claim_holds_is_refuted_or_cannot_be_told():
     assert set(rest["verdict"]) == {"cannot be told with n = 2000"}
     assert table.loc["fusion is better than the best single encoder", "second"] == "flaubert_title"
     assert (table["p_holm"] >= table["p"]).all()
+
+
+def test_a_claims_verdict_stands_on_the_corrected_p():
+    row = {"n": 50, "effect": 3.0, "p": 0.01}
+    assert verdict(row | {"p_holm": 0.049}) == "holds"
+    assert verdict(row | {"p_holm": 0.05}) == "cannot be told with n = 50"
+    assert verdict(row | {"p_holm": 0.01, "effect": -3.0}) == "does not hold: the other way round"
+
+
+def test_a_fusion_is_recommended_if_it_is_ahead_by_more_than_a_standard_error():
+    value = {name: np.array([0.80]) for name in TEXT_ALONE} | {"concat-concat": np.array([0.82])}
+    for spread, expected in ((0.005, "concat-concat"), (0.1, TEXT_ALONE[0])):
+        rng = np.random.default_rng(0)
+        drawn = {name: mean + rng.normal(scale=spread, size=(200, 1))
+                 for name, mean in value.items()}
+        assert recommend(Resamples(100, value, drawn), list(value)) == expected
 
 
 def test_a_name_of_a_claims_group_is_that_of_a_scored_model(run):
