@@ -141,9 +141,8 @@ def _build(run: Run, name: str, key: str, partial: Path) -> None:
         if group().is_main_process:
             refuse_changed_contents(run, name)
     except BaseException as error:
-        nothing = isinstance(error, Changed) or not any(partial.iterdir())
-        if group().is_main_process and nothing:  # there is nothing to go on from
-            shutil.rmtree(partial)
+        if group().is_main_process and (isinstance(error, Changed) or not any(partial.iterdir())):
+            shutil.rmtree(partial)  # there is nothing to go on from
         raise
     finally:
         _READABLE.reset(token)

@@ -389,20 +389,13 @@ def room_for(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def own_table(folder: Path) -> Path:
-    """Two products of two classes, to be imported."""
-    Image.new("RGB", (9, 9)).save(folder / "a.png")
-    table = folder / "own.csv"
-    table.write_text("name,kind,photo\nune table,a,a.png\nun livre,b,a.png\n")
-    return table
-
-
 @pytest.mark.parametrize("write, folder", [
     (lambda run, place: h.save_figure(run, h.figure(2, 2)[0], "x", pd.DataFrame()), "figures"),
     (lambda run, place: import_catalogue(place / "own.csv", place / "own" / "shop",
                                          Columns("name", "kind", image="photo")), "own")])
 def test_what_a_full_disk_stops_names_the_folder_and_leaves_nothing(run, tmp_path, write, folder):
-    own_table(tmp_path)
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "own.csv").write_text("name,kind,photo\nune table,a,a.png\nun livre,b,a.png\n")
     with room_for(100), pytest.raises(OSError, match=f"no room is left for a file in .*{folder}:"):
         write(run, tmp_path)
     assert not list(tmp_path.rglob("*.partial")) and not (tmp_path / "own" / "shop").exists()
