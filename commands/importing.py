@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from engine.catalogue import LAYOUTS, first_fault, refuse_bad_rows
-from engine.files import full_disk_explained, one_line
+from engine.files import one_line, put_in_place
 from engine.pictures import picture_faults
 from engine.runs import OWN_CLASSES
 from engine.settings import FIELDS
@@ -55,15 +55,9 @@ def import_catalogue(table: Path, folder: Path, columns: Columns, images: Path |
     rows["picture"] = find_pictures(rows["image"], images or table.parent)
     refuse_bad_rows(table, faults_of(rows, blank), "correct them")
     classes = class_table(rows)
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with full_disk_explained(folder.parent):
-            write_tables(partial, rows, classes)
-            copy_pictures(partial / LAYOUT["images"][0], rows)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with put_in_place(folder) as partial:
+        write_tables(partial, rows, classes)
+        copy_pictures(partial / LAYOUT["images"][0], rows)
     return {"rows": len(rows), "classes": len(classes),
             "with a description": int(rows["description"].map(has_words).sum()),
             "with a picture": int((rows["picture"] != "").sum())}

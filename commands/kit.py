@@ -7,7 +7,7 @@ from pathlib import Path
 
 from commands.plan import NOTEBOOKS, Step, state
 from commands.store import size_of
-from engine.files import read_json
+from engine.files import put_in_place, read_json
 from engine.keys import folder_of
 from engine.runs import runs_folder
 
@@ -43,14 +43,13 @@ def write_kit(plan: list[Step], everything: bool, target: Path) -> Path:
         stages |= read_json(step.manifest)["stages"]
     folders = sorted({folder_of(name, key) for key, name in stages.items()})
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+    with (put_in_place(target) as partial,
+          zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive):
         archive.writestr("runs/CLASS_KIT.md", about(steps, folders))
         for path, named in known_stages(stages).items():
             archive.writestr(place_of(path), json.dumps(named, indent=1))
         for path in files_of(folders, steps):
             archive.write(path, place_of(path))
-    partial.replace(target)
     return target
 
 

@@ -24,7 +24,7 @@ from commands.report import (
     read_tables,
 )
 from engine import settings
-from engine.files import full_disk_explained, read_json, temporary_folder, write_text
+from engine.files import put_in_place, read_json, temporary_folder, write_text
 from engine.keys import folder_of, manifest_of
 from engine.runs import Run, runs_folder
 from engine.settings import about, setting_names
@@ -57,12 +57,9 @@ def write_report(plan: list[Step]) -> Path:
         site.build()
         if said.getvalue():
             write_text(pages / "warnings.txt", said.getvalue())
-        whole = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(whole, ignore_errors=True)
-        with full_disk_explained(folder.parent):
+        with put_in_place(folder) as whole:
             shutil.copytree(pages, whole)
-        shutil.rmtree(folder, ignore_errors=True)
-        whole.rename(folder)  # the old one stays until the new one is whole
+            shutil.rmtree(folder, ignore_errors=True)  # it stays until the new one is whole
     return folder / "index.html"
 
 

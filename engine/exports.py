@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from engine.catalogue import load_classes
-from engine.files import damaged_file, full_disk_explained, read_json, seal, write_json, write_text
+from engine.files import damaged_file, put_in_place, read_json, seal, write_json, write_text
 from engine.fusions import fusion_of
 from engine.runs import Run
 from engine.settings import PROFILES, REPRESENTATIONS, make_profile, setting_names
@@ -99,9 +99,7 @@ def write_export(folder: Path, parts: Parts, card: str) -> None:
     run = parts.run
     refuse_export(folder, run, parts.variant)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was stopped
-    with full_disk_explained(folder.parent):
+    with put_in_place(folder) as partial:
         partial.mkdir()
         for name, source in parts.folders.items():
             copy_kept(source, partial / name)
@@ -109,7 +107,6 @@ def write_export(folder: Path, parts: Parts, card: str) -> None:
         write_text(partial / "README.md", card)
         write_json(partial / ABOUT, about_parts(parts))
         seal(partial / SEAL, [path for path in sorted(partial.rglob("*")) if path.is_file()])
-    partial.rename(folder)
 
 
 def copy_kept(source: Path, target: Path) -> None:

@@ -48,8 +48,13 @@ def hash_source(source: str) -> str:
 
 def file_stats(paths: Sequence[str]) -> dict[str, os.stat_result]:
     """What the system says of those of these files that are there, links out of their folder apart;
-    each folder is read once.
+    asked once in one look.
     """
+    return once(_ask_about, tuple(paths))
+
+
+def _ask_about(paths: tuple[str, ...]) -> dict[str, os.stat_result]:
+    """`file_stats` as it is now; each folder is read once."""
     wanted, found = set(paths), {}
     for folder in set(map(os.path.dirname, wanted)):
         if os.path.isdir(folder):
@@ -75,7 +80,7 @@ def remember(name: str, look: Callable[[str], str], paths: Sequence[str]) -> lis
 
     It is kept in the cache with a file's size and times, so that each is read once.
     """
-    states = once(_states, tuple(paths))
+    states = {path: _state(about) for path, about in file_stats(paths).items()}
     folders = sorted(set(map(os.path.dirname, paths)))
     place = cache_folder() / f"{name}-{hash_json(folders)[:16]}.json"
     known = _remembered(place, place.stat().st_mtime_ns if place.exists() else 0)
@@ -91,11 +96,6 @@ def remember(name: str, look: Callable[[str], str], paths: Sequence[str]) -> lis
             with lock_of(place.with_suffix(".lock")):
                 write_json(place, known)
     return [known[path][1] if path in states else "" for path in paths]
-
-
-def _states(paths: Sequence[str]) -> dict[str, str]:
-    """`file_state` of each of these files that is there."""
-    return {path: _state(about) for path, about in file_stats(paths).items()}
 
 
 def file_state(path: Path) -> str:
@@ -161,15 +161,27 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def put_in_place(path: Path) -> Iterator[Path]:
-    """Where to write a file that is at its place when it is whole; a failure leaves the old one."""
+    """Where to write a file or a folder that is at its place when it is whole.
+
+    A failure leaves what was there; what a kill left takes room, and goes first.
+    """
     partial_path = path.with_name(f"{path.name}.partial")
+    _remove(partial_path)
     try:
         with full_disk_explained(path.parent):
             yield partial_path
     except BaseException:
-        partial_path.unlink(missing_ok=True)
+        _remove(partial_path)
         raise
     partial_path.replace(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -237,16 +249,10 @@ def cache_file(name: str, write: Callable[[Path], None]) -> Path:
     if path.exists():
         return path
     make_folder(path.parent, "STUDY_CACHE")
-    partial_path = path.with_name(f"{name}.partial")
     with lock_of(path.parent / ".lock"):  # stages side by side would all make it
-        try:
-            partial_path.unlink(missing_ok=True)  # what a kill left takes room
-            if not path.exists():
-                with full_disk_explained(path.parent):
-                    write(partial_path)
-                partial_path.rename(path)
-        finally:
-            partial_path.unlink(missing_ok=True)
+        if not path.exists():
+            with put_in_place(path) as partial_path:
+                write(partial_path)
     return path
 
 

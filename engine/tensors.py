@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from engine.files import put_in_place
 from engine.processes import group
 
 
@@ -48,9 +49,9 @@ def load_tensors(path: Path, product_ids: Sequence[int]) -> dict[str, Tensor]:
 def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """Write named tensors as safetensors; the file appears when it is whole."""
     if group().is_main_process:
-        partial = path.with_name(f"{path.name}.partial")
-        save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, partial)
-        partial.rename(path)
+        stored = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+        with put_in_place(path) as partial:
+            save_file(stored, partial)
 
 
 def save_table(path: Path, table: pd.DataFrame) -> None:
@@ -73,6 +74,5 @@ def share_file(source: Path, target: Path) -> None:
         try:
             target.hardlink_to(source)
         except OSError:
-            partial = target.with_name(f"{target.name}.partial")
-            shutil.copy(source, partial)
-            partial.rename(target)
+            with put_in_place(target) as partial:
+                shutil.copy(source, partial)

@@ -297,8 +297,8 @@ def test_pictures_and_texts_decide_a_grouped_split_by_the_groups_alone(make_run,
 @pytest.fixture
 def asked(monkeypatch):
     """The questions to the system about all pictures, as they are put."""
-    questions, ask = [], files.file_stats
-    monkeypatch.setattr(files, "file_stats", lambda paths: questions.append(paths) or ask(paths))
+    questions, ask = [], files._ask_about
+    monkeypatch.setattr(files, "_ask_about", lambda paths: questions.append(paths) or ask(paths))
     return questions
 
 
