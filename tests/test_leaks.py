@@ -2,20 +2,23 @@
 
 Texts, pictures and labels of one part are changed, and everything is made again: encoders,
 tokenizers, heads, batch statistics, scales, baselines, fusion models. What is fitted must be the
-same bytes. Of one epoch it is what the gradient steps alone have made.
+same bytes. Of one epoch it is what the gradient steps alone have made. What is fitted without being
+kept, stacks, weights and a temperature, is seen in what it says of rows that are as they were.
 """
 import os
 import shutil
 import string
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 import helpers as h
-from conftest import write_bert, write_ens
+from conftest import ROOT, write_bert, write_ens
 from engine.files import fast_hash
 from engine.rows import chosen_products
 from engine.settings import TEXT_STAGES
@@ -35,10 +38,9 @@ def copy_split(run, name, folder):
     shutil.copy(os.environ["STUDY_TEST_SPLIT"], folder / "split.csv")
 
 
-def spoil(folder, split: pd.DataFrame, part: str) -> None:
-    """Change texts and pictures of the rows of one part."""
+def spoil(folder, ids: pd.Series) -> None:
+    """Change texts and pictures of these products."""
     products = h.load_catalogue(folder).set_index("product_id")
-    ids = split.loc[split["part"] == part, "product_id"]
     table = pd.read_csv(folder / "X_train_update.csv", index_col=0, keep_default_na=False)
     rows = table["productid"].isin(ids)
     for column in ("designation", "description"):
@@ -50,16 +52,16 @@ def spoil(folder, split: pd.DataFrame, part: str) -> None:
         changed.save(path)
 
 
-def relabelled(split: pd.DataFrame, part: str) -> pd.DataFrame:
-    """The split with the labels of one part turned round."""
-    rows, labels = split["part"] == part, np.sort(split["label_id"].unique())
+def relabelled(split: pd.DataFrame, rows: pd.Series) -> pd.DataFrame:
+    """The split with the labels of these rows, a mask, turned round."""
+    labels = np.sort(split["label_id"].unique())
     turned = dict(zip(labels, np.roll(labels, 1)))
     return split.assign(label_id=split["label_id"].mask(rows, split["label_id"].map(turned)))
 
 
-def make_all(run: h.Run, names) -> dict:
-    """{stage: its folder}, all made."""
-    return {name: h.stage(run, name) for name in ("splits", "text", *names)}
+def stages(*names):
+    """A function of a run: {stage: its folder}, all made."""
+    return lambda run: {name: h.stage(run, name) for name in ("splits", "text", *names)}
 
 
 def fitted(folders: dict) -> dict[str, str]:
@@ -87,28 +89,32 @@ def rows_of(folders: dict, split: pd.DataFrame, part: str) -> dict[str, np.ndarr
     return found
 
 
+PARTS = {part: lambda split, part=part: split["part"] == part for part in ("test", "val")}
+UNCHANGED = {None: lambda split: split["part"] == "none"}
+
+
 @pytest.fixture
-def three(make_run, tmp_path, monkeypatch, fake_stage):
-    """three(names, **settings): (split, {None, "test", "val": folders}): nothing changed, the rows
-    of test changed, those of val changed.
+def worlds(make_run, tmp_path, monkeypatch, fake_stage):
+    """worlds(make, changes, **settings): (split, {name: make(run)}), for each of `changes`, {name:
+    a function of the split that gives a mask of rows}, in a world where these rows are others.
     """
-    def make(names, **settings):
+    def build(make, changes, **settings):
         run, found = make_run(**{**SETTINGS, **settings}), {}
         split = h.make_split(chosen_products(run), run.split, run.seed)
         fake_stage("splits", copy_split)
-        for part in (None, "test", "val"):
-            place = tmp_path / str(part)
+        for name, rows_of_split in changes.items():
+            place, rows = tmp_path / str(name), rows_of_split(split)
             folder = write_ens(place / "ens")
-            if part:
-                spoil(folder, split, part)
-            relabelled(split, part).to_csv(place / "split.csv", index=False)
+            if rows.any():
+                spoil(folder, split.loc[rows, "product_id"])
+            relabelled(split, rows).to_csv(place / "split.csv", index=False)
             for variable, value in (("RAKUTEN_DATA", folder), ("STUDY_RUNS", place / "runs"),
                                     ("STUDY_TEST_SPLIT", place / "split.csv")):
                 monkeypatch.setenv(variable, str(value))
-            found[part] = make_all(run, names)
+            found[name] = make(run)
         return split, found
 
-    return make
+    return build
 
 
 def differing(one: dict, other: dict) -> list[str]:
@@ -117,9 +123,9 @@ def differing(one: dict, other: dict) -> list[str]:
 
 
 @pytest.mark.parametrize("changed, mode", [("test", "eval"), ("val", "eval"), ("test", "train")])
-def test_nothing_fitted_knows_the_rows_of_a_part(three, changed, mode):
-    names = ("baselines", *TEXT_STAGES, *IMAGES, *FUSIONS)
-    split, folders = three(names, encoder_mode=mode)
+def test_nothing_fitted_knows_the_rows_of_a_part(worlds, changed, mode):
+    make = stages("baselines", *TEXT_STAGES, *IMAGES, *FUSIONS)
+    split, folders = worlds(make, UNCHANGED | {changed: PARTS[changed]}, encoder_mode=mode)
     before, after = folders[None], folders[changed]
     assert len(fitted(before)) == 2 * 5 + 2 * 6 + 2 + 2 * 2  # texts, pictures, fusions
     assert differing(fitted(before), fitted(after)) == []
@@ -134,11 +140,56 @@ def test_nothing_fitted_knows_the_rows_of_a_part(three, changed, mode):
 
 
 @pytest.mark.parametrize("changed", ["test", "val"])
-def test_no_head_of_a_frozen_encoder_knows_the_rows_of_a_part(three, tmp_path, changed):
+def test_no_head_of_a_frozen_encoder_knows_the_rows_of_a_part(worlds, tmp_path, changed):
     bert = str(write_bert(tmp_path / "bert", hidden_size=24, num_hidden_layers=1,
                           num_attention_heads=2, intermediate_size=24))
     names = [name for stage in TEXT_STAGES for name in (f"vectors-{stage}", stage)]
-    _, folders = three(names, freeze_encoders=True, camembert=bert, flaubert=bert)
+    _, folders = worlds(stages(*names), UNCHANGED | {changed: PARTS[changed]},
+                        freeze_encoders=True, camembert=bert, flaubert=bert)
     heads = [{name: load_file(folders[part][name] / "head.safetensors")["weight"].numpy()
               for name in TEXT_STAGES} for part in (None, changed)]
     assert differing(*heads) == []
+
+
+def test_no_late_fusion_knows_other_test_rows(worlds, monkeypatch):
+    """Of the test rows every second one is changed: what all models, the late fusions among them,
+    say of the others stays, and so does all that they say of the validation rows.
+    """
+    monkeypatch.setattr(h, "scored_variants", lambda run: [h.named_variant("average-average")])
+
+    def make(run):
+        stages("baselines", *TEXT_STAGES, *IMAGES, "fusion-average-average")(run)
+        return {part: h.all_probabilities(run, part)[1] for part in ("val", "test")}
+
+    def every_second(split):
+        return (split["part"] == "test") & (split["part"].eq("test").cumsum() % 2 == 0)
+
+    split, found = worlds(make, UNCHANGED | {"some": every_second})
+    before, after = found[None], found["some"]
+    assert set(h.LATE_FUSIONS) < before["val"].keys() == before["test"].keys()
+    assert differing(before["val"], after["val"]) == []
+    changed = every_second(split)[split["part"] == "test"].to_numpy()
+    of = [{model: p.numpy()[~changed] for model, p in each["test"].items()}
+          for each in (before, after)]
+    assert changed.any() and differing(*of) == []
+    assert set(differing(before["test"], after["test"])) == before["test"].keys() - {
+        "majority class"}
+
+
+def test_what_notebook_09_fits_knows_nothing_of_the_test_rows():
+    """Its temperature, by its own cell, is the same whatever the test rows are."""
+    cells = nbformat.read(ROOT / "notebooks/09_analysis.ipynb", 4)["cells"]
+    code, = [cell.source for cell in cells if "T = h.fit_temperature(" in cell.source]
+    random = torch.Generator().manual_seed(0)
+
+    def votes(n):
+        labels = torch.randint(0, 27, (n,), generator=random)
+        return labels, torch.rand(n, 2, 27, generator=random).softmax(-1)
+
+    found, (val_truth, of_val) = [], votes(60)
+    for truth, of_test in (votes(40), votes(40)):
+        names = {"h": h, "pd": pd, "truth": truth, "probabilities": {"average-average": of_test},
+                 "val_truth": val_truth, "val": {"average-average": of_val}}
+        exec(code, names)
+        found.append(names["T"])
+    assert found[0] == found[1] == h.fit_temperature(of_val[:, 0], val_truth)

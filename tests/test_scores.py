@@ -388,6 +388,10 @@ def test_chain_ends_in_the_test_parts_scores(make_run):
         assert table.loc[model, "accuracy"] == pytest.approx(100 * right)
     halves = predictions["average-average"] + predictions["late mean"][:, None]
     assert torch.allclose(predictions["blend"], halves / 2, atol=1e-6)
+    labels, val = h.read_probabilities(run, "val")
+    encoders = torch.stack([val[model] for model in h.ENCODER_MODELS], 1)
+    for model, each in h.cross_fitted(encoders, labels).items():  # no row by a fit on itself
+        assert torch.equal(val[model], each), model
     tables = sorted(path.name for path in folder.glob("table_*"))
     assert tables == ["table_I.csv", "table_II.csv", "table_III.csv"]
     kinds = {path.suffix for path in runs_folder().rglob("*") if path.is_file()}
