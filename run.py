@@ -278,6 +278,8 @@ def main(words: list[str] | None = None) -> int:
     try:
         return chosen.function(chosen) or 0
     except KeyboardInterrupt:
+        problems.print("interrupted: what is whole is kept, and the same command goes on from it",
+                       style="red", highlight=False, soft_wrap=True)
         return 130
     except Exception as error:
         if not _is_ours(error):
