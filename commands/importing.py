@@ -16,7 +16,7 @@ from engine.files import one_line, put_in_place
 from engine.pictures import picture_faults
 from engine.runs import OWN_CLASSES
 from engine.settings import FIELDS
-from engine.tables import WHOLE, split_rows
+from engine.tables import CONTROL, WHOLE, split_rows
 from engine.texts import has_words
 
 LAYOUT = LAYOUTS["ENS"]
@@ -131,6 +131,8 @@ def faults_of(rows: pd.DataFrame, blank: bool) -> pd.DataFrame:
     absent = (rows["picture"] == "") & (not blank)
     words = [(~rows["title"].map(has_words), "its title is empty", rows["title"]),
              (rows["label"] == "", "its label is empty", rows["label"]),
+             (rows["label"].str.contains(CONTROL), "its label {!r} holds a control character",
+              rows["label"]),
              (absent, "it names no picture (--blank puts a white one there)", rows["image"]),
              (unreadable != "", "{}", unreadable)]
     words += [(rows[field].str.contains("\0", regex=False), f"its {field} holds a null byte",

@@ -10,6 +10,7 @@ import pandas as pd
 
 from engine.files import one_line
 
+CONTROL = r"[\x00-\x1f\x7f-\x9f]"
 WHOLE = r"(?:0|[1-9][0-9]{0,17})"  # an id, or a row's number
 CODE = rf"{WHOLE}(?:\.0+)?"  # a product type code, also as pandas saves it beside a missing one
 OTHER_FILES = {b"\x1f\x8b": "compressed by gzip: unpack it", b"PK\x03\x04": "a zip or Excel file: "
@@ -33,9 +34,17 @@ def read_table(path: Path, separator: str, columns: Sequence[str],
 
 
 def read_classes(path: Path) -> pd.DataFrame:
-    """A class table; names are texts, also those like None, NA, True or 007."""
-    return pd.read_csv(path, keep_default_na=False,
-                       dtype=dict.fromkeys(("domain", "name_fr", "name_en"), str))
+    """A class table; names are texts, also those like None, NA, True or 007. ValueError for one
+    with a control character, which would steer a terminal, or break a line of a table.
+    """
+    texts = ("domain", "name_fr", "name_en")
+    table = pd.read_csv(path, keep_default_na=False, dtype=dict.fromkeys(texts, str))
+    for column in table.columns.intersection(texts):
+        odd = table.loc[table[column].str.contains(CONTROL), column]
+        if len(odd):
+            raise ValueError(f"{path}: the {column} {odd.iloc[0]!r} holds a control character; "
+                             "correct it")
+    return table
 
 
 def split_rows(path: Path, text: str, separator: str) -> tuple[list[str], list[list[str]]]:

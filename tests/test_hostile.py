@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from bs4 import BeautifulSoup
 
 import helpers as h
+from browsing import browsing, complaints
+from commands.importing import Columns, import_catalogue
+from commands.plan import stage_names
+from commands.site import report_folder
 from conftest import ROOT, SMALL, isolate, write_bert
 from engine.image_models import read_weights
-from engine.runs import runs_folder
+from own_catalogue import KINDS, make_products
 
 HOSTILE = ["<script>document.title='taken'</script>", "<img src=x onerror=document.title='taken'>",
            "{{ 7 * 7 }} {% raw %}", "**gras** [lien](javascript:alert(1)) `code`",
@@ -21,38 +24,74 @@ HOSTILE = ["<script>document.title='taken'</script>", "<img src=x onerror=docume
            "&lt;script&gt;document.title='taken'&lt;/script&gt;"]
 
 
-def spoil(folder) -> None:
-    """Begin each text with one of these."""
-    path = folder / "X_train_update.csv"
-    table = pd.read_csv(path, index_col=0, keep_default_na=False, dtype=str)
-    for column in ("designation", "description"):
-        table[column] = [f"{HOSTILE[i % len(HOSTILE)]} {text}" if text else ""
-                         for i, text in enumerate(table[column])]
-    table.to_csv(path)
+FORBIDDEN = ("h1:has-text('gros')", "img[src=x]", "a[href^=javascript]",
+             "strong:has-text('gras')", "math:text-is('x2')", "math:text-is('y1')")
+NOTEBOOKS = ("01", "02", "03", "05", "08", "09", "11")  # those that show products
+
+
+@pytest.fixture(scope="module")
+def taken(tmp_path_factory):
+    """(run, words of its command) of a catalogue whose titles, descriptions and class names begin
+    with one of these; all stages are made.
+    """
+    place = tmp_path_factory.mktemp("taken")
+    table = make_products(place / "shop", 280)
+    for column in ("name", "details"):
+        texts = enumerate(table[column])
+        table[column] = [f"{HOSTILE[i % len(HOSTILE)]} {text}" for i, text in texts]
+    names = dict(zip(KINDS, filter(str.isprintable, HOSTILE)))  # a class's name has to be
+    table["category"] = [f"{names[kind]} {kind}" for kind in table["category"]]
+    table.to_csv(place / "shop" / "products.csv", index=False)
+    import_catalogue(place / "shop" / "products.csv", place / "own",
+                     Columns("name", "category", "details", "photo"))
+    settings = {**SMALL, "fusion_seeds": 1, "as_released": False, "rows": "all",
+                "image_size": 32, "region_size": 32, "grid": 8, "data": str(place / "own")}
+    with pytest.MonkeyPatch.context() as patch:
+        isolate(patch, place, place)
+        run = h.open_run("sample", "90-10", 0, settings)
+        for name in (*stage_names(run), "scores", "claims"):
+            h.stage(run, name)
+        yield run, ["--split", "90-10", *(f"--set={name}={settings[name]}" for name in settings)]
+
+
+def command(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "run.py"), *words], capture_output=True,
+                          text=True, env={**os.environ, "STUDY_CORES": "1"})
 
 
 @pytest.mark.slow
-def test_notebooks_and_their_pages_show_product_text_as_text(tiny_ens, tmp_path, monkeypatch):
-    isolate(monkeypatch, tmp_path, tiny_ens)
-    spoil(tiny_ens)
-    settings = [f"--set={name}={value}" for name, value in SMALL.items()]
-    ended = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), "study", "--profile", "paper", "--split", "90-10",
-         "--only", "01", "--only", "02", *settings], capture_output=True, text=True)
+def test_notebooks_and_their_pages_show_product_text_as_text(taken):
+    """In a browser: no script of a product runs, and none of its tags is one."""
+    run, words = taken
+    ended = command("study", *words, *(f"--only={number}" for number in NOTEBOOKS))
     assert ended.returncode == 0, ended.stderr
     assert "\x1b[31mrouge" not in ended.stdout
-    pages = sorted(runs_folder().glob("paper/described/report*/90-10-seed0/0*.html"))
-    assert [page.name[:2] for page in pages] == ["01", "02"]
-    for page in pages:
-        soup = BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser")
-        for kind in ("script", "h1"):
-            assert not [found for found in soup.find_all(kind)
-                        if "taken" in found.get_text() or "gros" in found.get_text()]
-        assert not soup.find_all("img", src="x")
-        assert not soup.find_all("a", href="javascript:alert(1)")
-        assert not {"x2", "y1"} & {found.get_text() for found in soup.find_all("math")}
-    shown = BeautifulSoup(pages[0].read_text(encoding="utf-8"), "html.parser").get_text()
-    assert any(words[:20] in shown for words in HOSTILE[:5])
+    folder = report_folder(run)
+    pages = sorted(folder.glob("90-10-seed0/[01]*.html"))
+    assert tuple(page.name[:2] for page in pages) == NOTEBOOKS
+    shown = ""
+    with browsing(1280) as browser:
+        for path in [folder / "index.html", *pages]:
+            assert complaints(browser, path, folder) == [], path
+            assert browser.title() != "taken", path
+            shown += browser.evaluate("() => document.body.innerText")
+            for forbidden in FORBIDDEN:
+                assert browser.locator(forbidden).count() == 0, (path, forbidden)
+    for name in h.load_classes(run)["name_en"]:
+        assert name in shown
+
+
+@pytest.mark.slow
+def test_a_terminal_is_not_steered_by_products(taken, tmp_path):
+    """By no text, and by no picture's name, of a catalogue or of products to predict."""
+    _, words = taken
+    table = tmp_path / "products.csv"
+    pd.DataFrame({"title": HOSTILE, "picture": "\x1b[31mrouge\x9b.jpg"}).to_csv(table, index=False)
+    for ended in (command("doctor", *words), command("predict", str(table), *words),
+                  command("predict", str(table), "--to", str(tmp_path / "\x1b[31m" / "x"), *words)):
+        said = ended.stdout + ended.stderr
+        assert said and "Traceback" not in said
+        assert all(char.isprintable() or char == "\n" for char in said), said
 
 
 def test_cleaned_texts_hold_no_control_characters():

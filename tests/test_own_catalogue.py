@@ -102,12 +102,27 @@ def test_a_classs_name_is_the_text_that_it_is(shop, tmp_path, labels):
     assert found.tolist() == table["category"].tolist()
 
 
+@pytest.mark.parametrize("column", ["domain", "name_fr", "name_en"])
+@pytest.mark.parametrize("sign", ["\x1b[31m", "\n", "\x9b"])
+def test_a_class_table_with_control_characters_is_refused(shop, tmp_path, column, sign):
+    import_catalogue(written(*shop), tmp_path / "own", COLUMNS, blank=True)
+    path = tmp_path / "own" / "classes.csv"
+    classes = pd.read_csv(path)
+    classes.loc[1, column] = f"Gar{sign}den"
+    classes.to_csv(path, index=False)
+    with pytest.raises(ValueError) as error:
+        load_catalogue(tmp_path / "own")
+    assert f"classes.csv: the {column} {f'Gar{sign}den'!r} holds a control" in str(error.value)
+
+
 @pytest.mark.parametrize("change, said", [
     (lambda t: t.assign(photo="-"), "42 rows cannot be used (row 1: it names no picture"),
     (lambda t: t.assign(photo="gone.jpg"), "row 1: picture "),
     (lambda t: t.assign(name=[" "] + t["name"].tolist()[1:]), "row 1: its title is empty"),
     (lambda t: t.assign(category=t["category"].mask(t.index == 4, "")),
      "row 5: its label is empty"),
+    (lambda t: t.assign(category=t["category"].mask(t.index == 4, "Gar\x1b[31mden")),
+     "row 5: its label 'Gar\\x1b[31mden' holds a control character"),
     (lambda t: t.assign(category="all"), "all rows have the label 'all'"),
     (lambda t: t.rename(columns={"details": "text"}), "has no column details; found: name, text")])
 def test_what_does_not_fit_is_refused_by_row_and_nothing_is_written(shop, tmp_path, change, said):
