@@ -4,9 +4,11 @@ with a content of the test's own.
 import functools
 import inspect
 import os
+import resource
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the network
@@ -182,6 +184,17 @@ def isolate(patch: pytest.MonkeyPatch, folder: Path, catalogue_folder: Path) -> 
     patch.delenv("STUDY_EVENTS", raising=False)
     rows._chosen.cache_clear()
     rows._digest.cache_clear()
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """Within, the system refuses to write a file beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""`make load`: tables of 84,916 and of 1,000,000 rows, and notebooks 07 and 08 on 84,916 rows.
+"""`make load`: tables of 84,916 and of 1,000,000 rows, and notebooks 07 to 09 on 84,916 rows.
 
 Prints seconds, and peak memory of all processes, in all and for each row. The texts are invented
-(tests/full_size.py); the representations of 07 and 08 are random, of full width: T_c, D_c, T_f, D_f
-768, P 2048. What the encoders would have made is put in their stages' places.
+(tests/full_size.py); the representations are random, of full width: T_c, D_c, T_f, D_f 768, P 2048.
+What the encoders would have made is put in their stages' places. Notebook 09 asks two encoders, a
+text encoder of one layer and a whole SE-ResNeXt-50, both untrained, and reads pictures of 64 x 64.
 """
 from __future__ import annotations
 
@@ -22,13 +23,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 import helpers as h
+from engine.files import temporary_folder
 from engine.keys import MAKERS, kind_of, recipe_of
 from engine.looks import one_look
+from engine.tensors import save_pretrained
 from full_size import write_tables
 
 SETTINGS = {"rows": "all", "camembert": "small", "flaubert": "small", "image_weights": "none",
-            "fusion_epochs": 1, "fusion_seeds": 1,
-            "bootstrap": 200}
+            "text_layers": 1, "vocabulary": 2000, "region_size": 64, "fusion_epochs": 1,
+            "fusion_seeds": 1, "bootstrap": 200}
 LIMIT_GB = 6
 CLASSES, WIDTHS = 27, {"P": 2048}  # of texts: 768
 
@@ -98,6 +101,13 @@ def random_stage(run: h.Run, name: str, folder: Path) -> dict:
     if name != "seresnext":
         h.save_tensors(folder / "features.safetensors", ids,
                        features=torch.randn(len(ids), width, generator=random))
+    if name == "seresnext":
+        encoder = h.ImageEncoder(run.profile.seresnext, size=run.profile.image_size)
+        h.save_weights(folder / "encoder.safetensors", encoder.state_dict())
+    if name == "camembert_title":
+        with temporary_folder() as place:
+            made = h.load_text_model(run, "camembert", h.read_text(run)["title"][:5000], place)
+        save_pretrained(folder / "encoder", *made)
     if not name.startswith("image"):
         head = torch.nn.Linear(width, CLASSES)
         h.save_weights(folder / "head.safetensors", head.state_dict())
@@ -120,7 +130,7 @@ def put_in_place(run: h.Run, name: str) -> None:
 
 
 def fuse_and_score(folder: Path) -> None:
-    """Notebooks 07 and 08 on all rows, as run.py executes them."""
+    """Notebooks 07 to 09 on all rows, as run.py executes them."""
     os.environ |= {"RAKUTEN_DATA": str(folder), "STUDY_RUNS": str(folder / "runs"),
                    "STUDY_CACHE": str(folder / "cache")}
     write_pictures(folder)
@@ -131,7 +141,7 @@ def fuse_and_score(folder: Path) -> None:
     for name in sorted(names, key=lambda name: name.startswith("image")):  # these read seresnext
         put_in_place(run, name)
     words = [sys.executable, str(ROOT / "run.py"), "study", *run.options]
-    for notebook in ("07", "08"):
+    for notebook in ("07", "08", "09"):
         start = time.perf_counter()
         _, peak = with_peak([*words, "--only", notebook])
         print(f"notebook {notebook}, 84,916 rows: {time.perf_counter() - start:.0f} s, peak "

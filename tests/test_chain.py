@@ -217,6 +217,32 @@ def test_a_changed_setting_makes_only_what_reads_it_and_overwrites_nothing(studi
     assert "not scored yet" in changed.stdout  # not the tables of the other settings
 
 
+def test_a_report_shows_no_tables_of_other_settings(studied, place):
+    """Those of exactly the run that is asked for, or a sentence that it is not made."""
+    of_default = place / "runs" / "sample" / "described" / "report" / "index.html"
+    before = of_default.read_bytes()
+    asked = run(place, "report", "--split", "90-10", "--set", "fusion_epochs=7")
+    assert asked.returncode == 0, asked.stderr
+    folder, = of_default.parents[1].glob("report+fusion_epochs=7*")
+    page = BeautifulSoup((folder / "index.html").read_text(), "html.parser").get_text()
+    assert "Table II, split 90-10, seed 0: not scored yet" in " ".join(page.split())
+    scored = pd.read_csv(stage_folders(place)["scores"] / "table_II.csv")["accuracy"]
+    assert not [value for value in scored if f"{value:.1f}" in page]
+    assert of_default.read_bytes() == before
+
+
+def test_a_report_that_finds_no_room_leaves_the_old_one(studied, place):
+    folder = place / "runs" / "sample" / "described" / "report"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    words, environment = command(place, "report", "--split", "90-10")
+    limited = ["bash", "-c", 'ulimit -f 20; exec "$@"', "bash", *words]  # in KiB, for each file
+    ended = subprocess.run(limited, env=environment, cwd=place, capture_output=True, text=True)
+    assert ended.returncode == 1 and "no room is left for a file in" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert not list(folder.parent.glob("*.partial"))
+
+
 def test_what_no_run_names_is_deleted_and_nothing_else(studied, place):
     own = seed_folder(place).with_name("seed0+fusion_epochs=2+fusion_lr=0.01+fusion_seeds=1")
     stages = place / "runs" / "stages"

@@ -1,6 +1,7 @@
 """Every kind of stage, stopped at the moments at which it touches the disk, by SIGKILL, SIGTERM and
 SIGINT in turn: made again it holds the same bytes, and nothing half-written is left.
 """
+import errno
 import os
 import shutil
 import signal
@@ -53,6 +54,23 @@ def whole(tmp_path_factory) -> tuple[Path, dict]:
         for name in (*stage_names(run), "scores"):
             h.stage(run, name)
         return place, {name: h.read_manifest(run, name)["files"] for name in KINDS}
+
+
+def refuse_locks(*_: object) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+@pytest.mark.parametrize("locks", [True, False])
+@pytest.mark.filterwarnings("ignore:.*on a file system without locks")
+def test_a_chain_in_a_new_folder_ends_in_the_same_bytes(locks, whole, tmp_path, monkeypatch):
+    """Its predictions too; also where the file system has no locks."""
+    isolate(monkeypatch, tmp_path, write_ens(tmp_path / "ens"))
+    if not locks:
+        monkeypatch.setattr("fcntl.flock", refuse_locks)
+    run = h.open_run("paper", "90-10", 0, SETTINGS)
+    for name in (*stage_names(run), "scores"):
+        h.stage(run, name)
+    assert {name: h.read_manifest(run, name)["files"] for name in KINDS} == whole[1]
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -10,6 +10,7 @@ import torch
 
 import helpers as h
 from commands.submission import write_submission
+from conftest import room_for
 from engine.catalogue import load_test_products
 
 VARIANT = h.named_variant("concat-add")
@@ -64,7 +65,9 @@ def test_submission_holds_what_the_stages_predict(make_run, request, monkeypatch
     assert [int(index) for index, _ in rows] == list(range(500, 500 + len(ids)))
     codes = h.load_classes(run)["prdtypecode"]
     assert [int(code) for _, code in rows] == codes[expected.argmax(-1).numpy()].tolist()
-    assert list(path.parent.iterdir()) == [path]
+    with room_for(10), pytest.raises(OSError, match="no room is left for a file in .*submissions"):
+        write_submission(run, VARIANT.name)
+    assert list(path.parent.iterdir()) == [path] and path.read_text().splitlines() == lines
     # A run on described rows never saw a missing description.
     missing = h.load_catalogue(folder).query("description == ''")
     probabilities = classifier.probabilities(missing)

@@ -2,6 +2,8 @@
 import os
 import re
 import struct
+import subprocess
+import sys
 import zlib
 from collections import namedtuple
 from functools import partial
@@ -12,7 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+import elsewhere
 import helpers as h
+from conftest import ROOT
 from engine import files, fingerprint, picture_cache
 from engine import pictures as pictures_room
 from engine.files import cache_file
@@ -291,6 +295,43 @@ def test_a_picture_is_hashed_once_until_it_changes(run, products, monkeypatch):
     assert pictures_digest(run) != first and len(read) == 56
     Path(products["picture"][1]).unlink()
     assert pictures_digest(run) != first and len(read) == 56
+
+
+LOOKED_AT = """
+import sys, PIL.Image
+PIL.__version__ = sys.argv[1]
+from engine import pictures
+look, seen = pictures._look, []
+pictures._look = lambda path: seen.append(path) or look(path)
+assert not any(pictures.picture_faults(sys.argv[2:]))
+print(len(seen))
+"""
+
+
+@pytest.mark.slow
+def test_what_is_remembered_of_a_picture_is_asked_again_of_another_pillow(run, products):
+    def looked_at(version: str) -> int:
+        words = [sys.executable, "-c", LOOKED_AT, version, *products["picture"]]
+        return int(subprocess.run(words, cwd=ROOT, capture_output=True, check=True).stdout)
+
+    assert [looked_at(version) for version in ("1.0", "1.0", "1.1", "1.1")] == [55, 0, 55, 0]
+
+
+def decode_into(run: h.Run, place: Path) -> None:
+    np.save(place, np.array(h.cached_pictures(run, 32)))
+
+
+@pytest.mark.slow
+def test_runs_at_once_share_one_cache(run, products, tmp_path, monkeypatch):
+    """Each with a folder of its own for stages."""
+    places, processes = [tmp_path / f"{i}.npy" for i in range(3)], []
+    for place in places:
+        monkeypatch.setenv("STUDY_RUNS", str(place.with_suffix("")))
+        processes.append(elsewhere.start(decode_into, run, place))
+    assert [elsewhere.ended(process) for process in processes] == [0, 0, 0]
+    expected = np.stack([h.decode_picture(path, 32) for path in products["picture"]])
+    assert all(np.array_equal(np.load(place), expected) for place in places)
+    assert len(caches()) == 1 and not list(cache_folder().glob("*.partial"))
 
 
 def flip(content: bytes, place: int) -> bytes:

@@ -1,6 +1,10 @@
 """Splits: parts disjoint, whole, of the right size, stratified, and the same for the same seed."""
+import math
+
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 
 import helpers as h
@@ -215,3 +219,32 @@ def test_the_seed_decides_a_grouped_split(products):
     groups = products["product_id"].to_numpy() // 2
     first, second = (h.make_split(products, "80-20", seed, groups) for seed in (0, 1))
     assert (first["part"] != second["part"]).any()
+
+
+# --- any catalogue --------------------------------------------------------------------------------
+@given(st.lists(st.integers(3, 60), min_size=2, max_size=12), st.sampled_from(list(h.SPLITS)),
+       st.integers(0, 2 ** 32 - 1), st.sampled_from([0, 1, 3]), st.randoms(use_true_random=False))
+def test_any_catalogue_is_cut_into_parts_that_add_up(sizes, split, seed, copies, order):
+    """Rows of each class; `copies` rows share a group, 0 for no groups."""
+    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
+    order.shuffle(labels)
+    products = pd.DataFrame({"label_id": labels, "product_id": range(100, 100 + len(labels))})
+    groups = products["product_id"].to_numpy() // copies if copies else None
+    try:
+        table = h.make_split(products, split, seed, groups)
+    except ValueError as error:  # of groups alone: three rows of each class are enough
+        assert copies and "grouped=False" in str(error)
+        return
+    assert_frame_equal(table.drop(columns="part"), products[["product_id", "label_id"]])
+    assert set(table.loc[table["part"] == "train", "label_id"]) == set(labels)
+    counts = table["part"].value_counts()
+    if groups is None:
+        test = max(math.ceil(h.SPLITS[split] * len(labels)), len(sizes))
+        val = max(math.ceil(0.1 * (len(labels) - test)), len(sizes))
+        assert counts.to_dict() == {"train": len(labels) - test - val, "val": val, "test": test}
+    else:
+        assert set(counts.index) == {"train", "val", "test"}
+        assert (table.groupby(groups)["part"].nunique() == 1).all()
+    shuffled = products.sample(frac=1, random_state=1)
+    again = shuffled["product_id"].to_numpy() // copies if copies else None
+    assert_frame_equal(h.make_split(shuffled, split, seed, again), table)

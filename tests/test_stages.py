@@ -5,13 +5,11 @@ import errno
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +23,7 @@ import helpers as h
 from commands import plan
 from commands.doctor import refuse_fatal
 from commands.importing import Columns, import_catalogue
-from conftest import ROOT, SMALL, isolate, write_bert, write_ens
+from conftest import ROOT, SMALL, isolate, room_for, write_bert, write_ens
 from engine import catalogue, files, fingerprint, keys, progress, stages
 from engine.files import lock_of, temporary_folder
 from engine.looks import one_look
@@ -378,17 +376,6 @@ def test_build_that_goes_on_finds_what_it_left(run, fake_stage):
     assert sorted(path.name for path in folder.iterdir()) == ["begun.txt", "manifest.json"]
 
 
-@contextmanager
-def room_for(size: int):
-    """Within, the system refuses to write a file beyond so many bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("write, folder", [
     (lambda run, place: h.save_figure(run, h.figure(2, 2)[0], "x", pd.DataFrame()), "figures"),
     (lambda run, place: import_catalogue(place / "own.csv", place / "own" / "shop",
@@ -544,23 +531,24 @@ def test_what_a_stop_left_and_was_damaged_since_is_made_again(run, fake_stage, d
 
 
 # --- two processes --------------------------------------------------------------------------------
-def make_and_tell(run: h.Run, place: Path, hangs: bool = False) -> None:
-    """Make the stage camembert_title; tell below `place` who waits, who makes it, what it got."""
+def make_and_tell(run: h.Run, place: Path, hangs: bool = False,
+                  names: tuple[str, ...] = ("camembert_title",)) -> None:
+    """Make stages; tell below `place` who waits, who makes which, and what it got at last."""
     build, me = stages._build, os.getpid()
 
-    def tell_and_build(*arguments):
-        (place / f"{me} makes it").touch()
+    def tell_and_build(run, name, *arguments):
+        (place / f"{me} makes {name}").touch()
         while hangs:
             time.sleep(1)
-        build(*arguments)
+        build(run, name, *arguments)
 
     def tell(line, text):
         if "is being made by another process; waiting for it" in text:
             (place / f"{me} waits").touch()
 
     stages._build, progress.Progress.show = tell_and_build, tell
-    folder = h.stage(run, "camembert_title")
-    (place / f"{me} got it").write_text(folder.name)
+    folders = [h.stage(run, name).name for name in names]
+    (place / f"{me} got it").write_text(" ".join(folders))
 
 
 @pytest.fixture
@@ -570,16 +558,17 @@ def place(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_that_ask_for_a_stage_at_once_get_the_same_made_once(run, place):
+def test_four_processes_that_ask_for_two_stages_at_once_get_the_same_made_once(run, place):
+    names = ("camembert_title", "flaubert_title")
     for name in ("splits", "text"):
         h.stage(run, name)
-    both = [elsewhere.start(make_and_tell, run, place) for _ in range(2)]
-    assert [elsewhere.ended(process) for process in both] == [0, 0]
-    assert len(list(place.glob("* makes it"))) == 1
-    got = [(place / f"{process.pid} got it").read_text() for process in both]
-    assert got == [h.read_stage(run, "camembert_title").name] * 2
-    assert json.loads((run.folder / "stages.json").read_text()).keys() \
-        == {"splits", "text", "camembert_title"}
+    four = [elsewhere.start(make_and_tell, run, place, False, names) for _ in range(4)]
+    assert [elsewhere.ended(process) for process in four] == [0] * 4
+    for name in names:
+        assert len(list(place.glob(f"* makes {name}"))) == 1
+    got = [(place / f"{process.pid} got it").read_text() for process in four]
+    assert got == [" ".join(h.read_stage(run, name).name for name in names)] * 4
+    assert json.loads((run.folder / "stages.json").read_text()).keys() == {"splits", "text", *names}
 
 
 @pytest.mark.slow
@@ -587,10 +576,10 @@ def test_a_killed_process_frees_the_stage_for_the_one_that_waits(run, place):
     for name in ("splits", "text"):
         h.stage(run, name)
     maker = elsewhere.start(make_and_tell, run, place, True)
-    elsewhere.wait_for((place / f"{maker.pid} makes it").exists, maker)
+    elsewhere.wait_for((place / f"{maker.pid} makes camembert_title").exists, maker)
     other = elsewhere.start(make_and_tell, run, place)
     elsewhere.wait_for((place / f"{other.pid} waits").exists, other)
-    assert not (place / f"{other.pid} makes it").exists()
+    assert not (place / f"{other.pid} makes camembert_title").exists()
     maker.kill()
     assert elsewhere.ended(other) == 0
     assert (place / f"{other.pid} got it").read_text() == h.read_stage(run, "camembert_title").name
