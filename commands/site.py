@@ -33,6 +33,7 @@ from engine.stages import is_made
 DOCS = settings.ROOT / "docs"
 TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(DOCS), keep_trailing_newline=True)
 ITALIC = re.compile(r"\*([^*].*?)\*(?:\n|$)", re.DOTALL)
+NOTEBOOK = re.compile(r"\[([^\]]+)\]\((?:[\w-]+/)*(\w+)\.ipynb\)")  # a link to it
 FIGURE = re.compile(r'h\.save_figure\(run, fig, "(\w+)"')
 
 
@@ -73,17 +74,18 @@ def write_sources(plan: list[Step], source: Path) -> None:
             continue
         place, figures = source / folder_name(run), []
         place.mkdir()
+        done = [step.notebook for step in steps]
         for step in steps:
             book = nbformat.read(step.output, as_version=4)
             figures += figures_of(step, book)
-            nbformat.write(prepare(book), place / f"{step.notebook}.ipynb")
+            nbformat.write(prepare(book, done), place / f"{step.notebook}.ipynb")
         write_figures(run, figures, place)
-        pages = [*(step.notebook for step in steps), "figures"]
+        pages = [*done, "figures"]
         name = f"Split {run.split}, seed {run.seed}"
         runs.append((name, [f"{folder_name(run)}/{page}" for page in pages]))
     write_index(plan, runs, source)
     write_facts(plan, source)
-    first = next((pages[0].rpartition("/")[0] for _, pages in runs), "")
+    first = next((pages for _, pages in runs), [])
     pages = {"about": settings.ROOT / "README.md", "data": settings.ROOT / "data" / "README.md",
              **{page.stem: page for page in DOCS.glob("*.md")}}
     for name, text in pages.items():
@@ -98,24 +100,36 @@ def folder_name(run: Run) -> str:
     return f"{run.split}-seed{run.seed}"
 
 
-def site_links(text: str, notebooks: str) -> str:
-    """Links of the repository as links of the site; `notebooks` is the folder of one run."""
+def site_links(text: str, pages: list[str]) -> str:
+    """Links of the repository as links of the site; `pages` are those of one run."""
     text = text.replace("](../", "](")  # as a page in docs/ or data/ says it
-    text = re.sub(r"\]\(notebooks/(\w+)\.ipynb\)", rf"]({notebooks}/\1.ipynb)", text)
+    text = notebook_links(text, pages)
     for here, there in (("data/README.md", "data.md"), ("README.md", "about.md"), ("docs/", "")):
         text = text.replace(f"]({here}", f"]({there}")
     return text
 
 
-def prepare(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """An executed notebook as a page: captions without their code, figures with their captions as
-    alternative text, links that hold in the site.
+def notebook_links(text: str, pages: list[str]) -> str:
+    """Links to notebooks, by any path, as links to these pages; words for a page that is not there.
+    """
+    there = {Path(page).name: page for page in pages}
+
+    def link(found: re.Match) -> str:
+        words, name = found.groups()
+        return f"[{words}]({there[name]}.ipynb)" if name in there else words
+
+    return NOTEBOOK.sub(link, text)
+
+
+def prepare(book: nbformat.NotebookNode, pages: list[str]) -> nbformat.NotebookNode:
+    """An executed notebook as a page beside these: captions without their code, figures with their
+    captions as alternative text, links that hold in the site.
     """
     drop_finished_progress(book)
     for cell, caption in zip(book.cells, captions_of(book)):
         if cell.cell_type == "markdown":
             cell.source = cell.source.replace("](../README.md)", "](../about.md)")
-            cell.source = cell.source.replace("](../docs/", "](../")
+            cell.source = notebook_links(cell.source.replace("](../docs/", "](../"), pages)
         elif cell.source.startswith("h.caption("):
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), "remove-input"]
         if caption:

@@ -20,7 +20,6 @@ nb_render_markdown_format = "myst"  # equations in what notebooks print
 nb_number_source_lines = False
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["myst.xref_missing"]  # of a study that is half done, the next notebook
 
 
 def inline(self, node: nodes.math) -> None:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 import helpers as h
-from browsing import browsing, complaints
+from browsing import browsing, complaints, dead_links
 from commands.importing import Columns, import_catalogue
 from commands.plan import stage_names
 from commands.site import report_folder
@@ -69,10 +69,12 @@ def test_notebooks_and_their_pages_show_product_text_as_text(taken):
     folder = report_folder(run)
     pages = sorted(folder.glob("90-10-seed0/[01]*.html"))
     assert tuple(page.name[:2] for page in pages) == NOTEBOOKS
+    assert not (folder / "warnings.txt").exists()
     shown = ""
     with browsing(1280) as browser:
         for path in [folder / "index.html", *pages]:
             assert complaints(browser, path, folder) == [], path
+            assert dead_links(browser, folder) == [], path
             assert browser.title() != "taken", path
             shown += browser.evaluate("() => document.body.innerText")
             for forbidden in FORBIDDEN:

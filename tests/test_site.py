@@ -39,7 +39,7 @@ def test_a_figure_has_the_caption_that_follows_it(cells, captions):
 def test_a_page_has_alternative_texts_and_no_code_of_captions():
     page = prepare(book(("plot()", [PICTURE]), ("h.caption('x')", [said("*Shown.*")]),
                         "See [there](../README.md), [08](08_result_tables.ipynb), "
-                        "[Z](../docs/own_fusion.md)."))
+                        "[Z](../docs/own_fusion.md)."), ["08_result_tables"])
     assert page.cells[0].metadata["mystnb"] == {"image": {"alt": "Shown."}}
     assert page.cells[1].metadata["tags"] == ["remove-input"]
     assert page.cells[2].source == ("See [there](../about.md), [08](08_result_tables.ipynb), "
@@ -47,13 +47,21 @@ def test_a_page_has_alternative_texts_and_no_code_of_captions():
 
 
 def test_a_finished_progress_line_leaves_nothing_on_a_page():
-    page = prepare(book(("work()", [said(""), said("*Result.*"), said("")])))
+    page = prepare(book(("work()", [said(""), said("*Result.*"), said("")])), [])
     assert [output["data"]["text/markdown"] for output in page.cells[0].outputs] == ["*Result.*"]
 
 
 def test_links_of_the_repository_are_links_of_the_site():
     text = ("[a](notebooks/07_x.ipynb) [b](data/README.md) [c](figures/f.png) [d](https://x.org) "
             "[e](docs/gpus.md)")
-    assert site_links(text, "90-10-seed0") == (
+    assert site_links(text, ["90-10-seed0/07_x"]) == (
         "[a](90-10-seed0/07_x.ipynb) [b](data.md) [c](figures/f.png) [d](https://x.org) "
         "[e](gpus.md)")
+
+
+def test_a_page_that_is_not_there_is_no_link():
+    """Of a study that is half done the next notebook is words."""
+    page = prepare(book("**Next** [08  Tables](08_x.ipynb), [07](07_x.ipynb)"), ["07_x"])
+    assert page.cells[0].source == "**Next** 08  Tables, [07](07_x.ipynb)"
+    assert site_links("[07](notebooks/07_x.ipynb) [01](../notebooks/01_x.ipynb)", ["a/01_x"]) == (
+        "07 [01](a/01_x.ipynb)")
