@@ -55,7 +55,7 @@ SUBSET = "fine for a subset; otherwise get the files again"
 def check_catalogue(run: Run) -> list[Check]:
     """Whether there is a catalogue, can be read, and has rows that can be split."""
     if wrong := fault(catalogue.catalogue_folder, run):
-        return [Check("catalogue", "fatal", wrong, "get the files as data/README.md says")]
+        return [Check("catalogue", "fatal", wrong)]
     folder = catalogue.catalogue_folder(run)
     checks = [Check("catalogue", "ok", f"{catalogue.find_layout(folder)} layout in {folder}")]
     if wrong := fault(usable_products, run):

@@ -107,7 +107,7 @@ def token_parts(encoder: nn.Module, head: nn.Module, tokenizer, text: str, max_l
     """The tokens of a text, and what each is estimated to add to the logit of a class, [tokens]:
     integrated gradients from a text of nothing but padding within the same frame (Sundararajan et
     al. 2017). The parts add up to the difference of the two logits, but for an error of `steps`.
-    Shown in 11.
+    Shown in 09.
     """
     from captum.attr import LayerIntegratedGradients  # takes a second to import
 

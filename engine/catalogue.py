@@ -11,7 +11,7 @@ from types import ModuleType
 import pandas as pd
 
 from engine import settings
-from engine.files import file_stats, hash_file, lock_of, make_folder, read_json
+from engine.files import file_stats, full_disk_explained, hash_file, lock_of, make_folder, read_json
 from engine.fingerprint import content
 from engine.runs import OWN_CLASSES, SAMPLE_MARK, Run, cache_folder
 from engine.settings import FIELDS
@@ -117,7 +117,8 @@ def _current_sample(folder: Path) -> Path:
         make_folder(folder.parent, "STUDY_CACHE")
         with lock_of(folder.with_suffix(".lock")):
             if not is_current():  # another process may have made it meanwhile
-                generator.write_catalogue(folder)
+                with full_disk_explained(folder.parent):
+                    generator.write_catalogue(folder)
     return folder
 
 

@@ -184,18 +184,24 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+class NoRoom(OSError):
+    """A disk is full; it says which folder's."""
+
+
 @contextmanager
 def full_disk_explained(folder: Path) -> Iterator[None]:
     """Let what fails for want of room say so, in one sentence: each library has its own way."""
     try:
         yield
+    except NoRoom:
+        raise
     except Exception as error:
         full = getattr(error, "errno", None) in NO_ROOM or any(
             os.strerror(number) in str(error) for number in NO_ROOM)
         if not full and shutil.disk_usage(folder).free > 100_000:
             raise
-        raise OSError(f"no room is left for a file in {folder}: make some, and start again; what "
-                      "is whole is kept") from error
+        raise NoRoom(f"no room is left for a file in {folder}: make some, and start again; what "
+                     "is whole is kept") from error
 
 
 def make_folder(folder: Path, variable: str) -> None:
@@ -239,7 +245,7 @@ def temporary_folder() -> Iterator[Path]:
         with suppress(OSError, Timeout), lock_of(left / "alive").acquire(timeout=0):
             shutil.rmtree(left, ignore_errors=True)
     with (tempfile.TemporaryDirectory(prefix=TEMPORARY, ignore_cleanup_errors=True) as name,
-          lock_of(Path(name) / "alive")):
+          lock_of(Path(name) / "alive"), full_disk_explained(Path(name))):
         yield Path(name)
 
 

@@ -379,13 +379,27 @@ def test_build_that_goes_on_finds_what_it_left(run, fake_stage):
 @pytest.mark.parametrize("write, folder", [
     (lambda run, place: h.save_figure(run, h.figure(2, 2)[0], "x", pd.DataFrame()), "figures"),
     (lambda run, place: import_catalogue(place / "own.csv", place / "own" / "shop",
-                                         Columns("name", "kind", image="photo")), "own")])
+                                         Columns("name", "kind", image="photo")), "own"),
+    (lambda run, place: catalogue.catalogue_folder(h.open_run("sample", "90-10", 0)),
+     r"test_what_a_full_disk\w+")])
 def test_what_a_full_disk_stops_names_the_folder_and_leaves_nothing(run, tmp_path, write, folder):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     (tmp_path / "own.csv").write_text("name,kind,photo\nune table,a,a.png\nun livre,b,a.png\n")
     with room_for(100), pytest.raises(OSError, match=f"no room is left for a file in .*{folder}:"):
         write(run, tmp_path)
-    assert not list(tmp_path.rglob("*.partial")) and not (tmp_path / "own" / "shop").exists()
+    assert not list(tmp_path.rglob("*.partial"))
+    assert not (tmp_path / "own" / "shop").exists() and not (tmp_path / "sample").exists()
+
+
+def test_a_full_disk_of_the_temporary_folder_is_named_and_none_is_named_twice():
+    with (room_for(10), pytest.raises(OSError, match="in .*inner: make some"),
+          temporary_folder() as place, files.put_in_place(place / "inner" / "a") as path):
+        path.parent.mkdir()
+        path.write_text("words" * 10)
+    with (room_for(10), pytest.raises(OSError, match=f"in .*{files.TEMPORARY}[^/]*: make some"),
+          temporary_folder() as place):
+        (place / "a").write_text("words" * 10)
+    assert not place.exists()
 
 
 def write_weights(run, name, folder):
