@@ -132,7 +132,7 @@ from engine.paper_tables import (
 )
 from engine.picture_cache import DecodedPictures, cached_pictures
 from engine.pictures import as_rgb, decode_picture, open_picture
-from engine.processes import device
+from engine.processes import device, open_run
 from engine.products import cleaned_products, missing_notes, whole_products
 from engine.progress import Progress
 from engine.rows import (
@@ -143,7 +143,7 @@ from engine.rows import (
     set_aside,
     usable_products,
 )
-from engine.runs import Run, open_run
+from engine.runs import Run
 from engine.scores import (
     Resamples,
     bootstrap,

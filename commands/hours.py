@@ -13,7 +13,7 @@ from rich.table import Table
 from commands import costs
 from commands.measuring import device_name, matrix_peak
 from commands.rehearse import Rehearsed, rehearse
-from engine.processes import device
+from engine.processes import device, use_threads
 from engine.runs import Run, runs_folder
 from engine.settings import SPLITS, VALIDATION_SHARE, Profile
 from engine.training import precision
@@ -65,8 +65,7 @@ def print_rehearsal(console: Console, runs: Sequence[Run]) -> None:
     """Speed, memory, share of the peak and hours of each heavy stage; hours by workers."""
     profile = runs[0].profile
     sizes = costs.find_sizes(profile)
-    if profile.threads:  # as stages are made
-        torch.set_num_threads(profile.threads)
+    use_threads(profile)  # as stages are made
     peak, found = matrix_peak(precision(profile)), []
     with console.status("rehearsing") as status:
         for each in rehearse(runs[0], sizes):

@@ -1,4 +1,4 @@
-"""The processes that make one stage together."""
+"""The processes that make one stage together, and the threads of each."""
 from __future__ import annotations
 
 import json
@@ -15,8 +15,9 @@ import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from threadpoolctl import threadpool_limits
 
-from engine import settings
+from engine import runs, settings
 from engine.files import read_json, temporary_folder
 from engine.progress import Progress, cores
 from engine.runs import Run
@@ -24,6 +25,24 @@ from engine.settings import Profile
 
 # cuBLAS sums in one order (the setting `deterministic`) only if this is there when it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def open_run(profile: str, split: str, seed: int, changes: dict | str | None = None) -> Run:
+    """`runs.open_run`, and its threads for all that this process computes from here on: in cells of
+    a notebook too, which say the same whether a stage was made there or was found.
+    """
+    run = runs.open_run(profile, split, seed, changes)
+    use_threads(run.profile)
+    return run
+
+
+def use_threads(profile: Profile) -> None:
+    """Let PyTorch, NumPy and scikit-learn compute on as many threads as the profile says, where it
+    says so: on another number sums are rounded otherwise.
+    """
+    if profile.threads:
+        torch.set_num_threads(profile.threads)
+        threadpool_limits(profile.threads)  # of BLAS, which logistic regressions call
 
 
 def group() -> PartialState:

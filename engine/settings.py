@@ -186,7 +186,7 @@ class Profile:
         False, "of text encoders that offer it (FlauBERT does not): less memory, slower")
     checkpoint_steps: CountOr0 = setting(
         500, "between two checkpoints within an epoch; 0: at its end alone", "steps")
-    threads: CountOr0 = setting(0, "of a stage on a CPU; 0: one for each core", "threads")
+    threads: CountOr0 = setting(0, "on a CPU; 0: one for each core", "threads")
     deterministic: bool = setting(
         False, "the same bits each time on the same GPU, where it can; slower")
     processes: CountOr0 = setting(0, "make one stage together; 0: one for each GPU", "processes")

@@ -43,6 +43,7 @@ from engine.processes import (
     launch,
     peak_memory_gb,
     processes_for,
+    use_threads,
     wait_for_file,
 )
 from engine.progress import Progress, report_event
@@ -130,8 +131,7 @@ def _was_finished(partial: Path, name: str, key: str) -> bool:
 def _build(run: Run, name: str, key: str, partial: Path) -> None:
     """Let the stage's maker write into `partial`, and add the manifest."""
     start = time.perf_counter()
-    if run.profile.threads:
-        torch.set_num_threads(run.profile.threads)
+    use_threads(run.profile)
     # A few operations have no such way, and warn.
     torch.use_deterministic_algorithms(run.profile.deterministic, warn_only=True)
     token = _READABLE.set(info_of(run, name).reads)

@@ -275,5 +275,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.suffix == ".ipynb":
             item.add_marker(pytest.mark.slow)
     longest = ("test_chain.py", "test_full_scale.py", "test_processes.py", "test_stops.py",
-               "test_hostile.py", "test_leaks.py")
+               "test_kills.py", "test_hostile.py", "test_leaks.py")
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else 9)

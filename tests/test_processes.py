@@ -8,12 +8,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
 import torch
 from pandas.testing import assert_frame_equal
 from rich.console import Console
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import elsewhere
 import helpers as h
@@ -395,3 +397,33 @@ def test_a_notebook_that_cannot_be_done_says_why(make_run, tmp_path, monkeypatch
     with pytest.raises(execute.StepFailed, match=said):
         executed(tmp_path, run, monkeypatch, cell)
     assert state(Step("01_data_exploration", run)) == "missing"
+
+
+# --- threads --------------------------------------------------------------------------------------
+def open_and_fit(usual: int, threads: int, place: Path) -> None:
+    """Open a run where so many threads are usual; write how many there are then, and the weights
+    of a head.
+    """
+    threadpool_limits(usual)
+    torch.set_num_threads(usual)
+    h.open_run("paper", "90-10", 0, {**SMALL, "threads": threads})
+    random = torch.Generator().manual_seed(0)
+    features, head = torch.randn(1000, 500, generator=random), torch.nn.Linear(500, 5)
+    labels = torch.randint(0, 5, (1000,), generator=random)
+    h.fit_head(head, features, labels, np.array(["train", "val"] * 500))
+    pools = {pool["num_threads"] for pool in threadpool_info()}
+    write_json(place, {"threads": [torch.get_num_threads(), *pools],
+                       "weights": head.weight.tolist()})
+
+
+@pytest.mark.slow
+def test_all_of_a_process_computes_on_the_runs_threads(tmp_path):
+    """PyTorch, and what is below NumPy and scikit-learn: a head's weights would differ."""
+    said = []
+    for usual, threads in ((1, 1), (2, 1), (2, 0)):
+        place = tmp_path / f"{usual}-{threads}.json"
+        assert elsewhere.ended(elsewhere.start(open_and_fit, usual, threads, place)) == 0
+        said.append(read_json(place))
+    assert [set(each["threads"]) for each in said] == [{1}, {1}, {2}]
+    assert said[0]["weights"] == said[1]["weights"]
+    assert np.allclose(said[0]["weights"], said[2]["weights"], atol=1e-3)
