@@ -174,7 +174,8 @@ def _state_of_stages(stages: tuple[tuple[str, str], ...]) -> str:
 
 def step_key(step: Step) -> str:
     """Hash of all that an executed notebook depends on: its cells and parameters, the code that it
-    calls and shows, the catalogue, and the keys of the stages it may read.
+    calls and shows, the catalogue, the keys of the stages it may read, and which other splits are
+    there to be compared.
     """
     from engine.fingerprint import code_of_words
     from engine.keys import key_of
@@ -188,8 +189,16 @@ def step_key(step: Step) -> str:
     with one_look():
         keys = [key_of(run, name) for run in step.runs for name in stage_names(run)
                 if notebook_of(run, name) <= step.notebook]
+        compared = [is_trained(run) for run in step.runs if run != step.run]
     return hash_json([cells, step.parameters, values, code_of_words("helpers", tuple(words)).hash,
-                      catalogue_hash(step.run), keys])
+                      catalogue_hash(step.run), keys, compared])
+
+
+def is_trained(run: Run) -> bool:
+    """Whether all stages up to the fusions are there, so that a run can be scored."""
+    from engine.stages import is_made
+
+    return all(is_made(run, name) for name in stage_names(run))
 
 
 @functools.cache

@@ -34,7 +34,7 @@ from commands.plan import (
 )
 from conftest import ROOT, SMALL, isolate, write_bert, write_ens
 from engine.files import read_json, write_json
-from engine.keys import folder_of, manifest_of, write_manifest
+from engine.keys import folder_of, key_of, manifest_of, write_manifest
 from engine.progress import Progress
 from engine.runs import runs_folder
 from engine.variants import TRAINED_VARIANTS
@@ -397,6 +397,21 @@ def test_a_notebook_that_cannot_be_done_says_why(make_run, tmp_path, monkeypatch
     with pytest.raises(execute.StepFailed, match=said):
         executed(tmp_path, run, monkeypatch, cell)
     assert state(Step("01_data_exploration", run)) == "missing"
+
+
+# --- what compares splits -------------------------------------------------------------------------
+@pytest.mark.parametrize("notebook, compares", [("08_result_tables", True), ("09_analysis", True),
+                                                ("11_classify_a_product", False)])
+def test_what_compares_splits_is_stale_once_another_split_is_there(make_run, notebook, compares):
+    """It would say "not scored yet" of a split that is."""
+    run, other = make_run(), make_run(split="80-20")
+    before, names = step_key(Step(notebook, run)), stage_names(other)
+    folders = [folder_of(name, key_of(other, name)) for name in names]
+    for folder in folders[:-1]:
+        folder.mkdir(parents=True)
+    assert step_key(Step(notebook, run)) == before
+    folders[-1].mkdir()
+    assert (step_key(Step(notebook, run)) != before) == compares
 
 
 # --- threads --------------------------------------------------------------------------------------
