@@ -244,9 +244,26 @@ def temporary_folder() -> Iterator[Path]:
     for left in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*"):
         with suppress(OSError, Timeout), lock_of(left / "alive").acquire(timeout=0):
             shutil.rmtree(left, ignore_errors=True)
-    with (tempfile.TemporaryDirectory(prefix=TEMPORARY, ignore_cleanup_errors=True) as name,
-          lock_of(Path(name) / "alive"), full_disk_explained(Path(name))):
-        yield Path(name)
+    folder, lock = _locked_folder()
+    with folder as name, full_disk_explained(Path(name)):
+        try:
+            yield Path(name)
+        finally:
+            lock.release()
+
+
+def _locked_folder() -> tuple[tempfile.TemporaryDirectory, BaseFileLock]:
+    """A new folder, and the lock in it, which is held.
+
+    Before it is held, another process may take the folder for one that was left: then the next one.
+    """
+    while True:
+        folder = tempfile.TemporaryDirectory(prefix=TEMPORARY, ignore_cleanup_errors=True)
+        with suppress(FileNotFoundError, FileExistsError):
+            lock = lock_of(Path(folder.name) / "alive")
+            lock.acquire()
+            if Path(lock.lock_file).exists():
+                return folder, lock
 
 
 def cache_file(name: str, write: Callable[[Path], None]) -> Path:

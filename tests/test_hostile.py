@@ -122,7 +122,7 @@ def bert(tmp_path):
 @pytest.mark.parametrize("weights", [lambda place: Touch(place),
                                      lambda place: {"conv1.weight": Touch(place)}])
 def test_weights_that_are_a_program_are_not_run(tmp_path, bert, weights):
-    content = pickle.dumps(weights(tmp_path / "ran"))
+    content = pickle.dumps(weights(tmp_path / "ran"), protocol=2)
     for name in ("weights.pth", "weights.pt"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match="it is damaged, or holds more than tensors"):

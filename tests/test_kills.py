@@ -66,6 +66,8 @@ def test_a_chain_in_a_new_folder_ends_in_the_same_bytes(locks, whole, tmp_path, 
     """Its predictions too; also where the file system has no locks."""
     isolate(monkeypatch, tmp_path, write_ens(tmp_path / "ens"))
     if not locks:
+        (tmp_path / "temporary").mkdir()  # other processes have locks in the system's
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
         monkeypatch.setattr("fcntl.flock", refuse_locks)
     run = h.open_run("paper", "90-10", 0, SETTINGS)
     for name in (*stage_names(run), "scores"):

@@ -900,6 +900,7 @@ def test_a_file_system_without_locks_is_named_and_gone_on_with(run, monkeypatch,
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
+    monkeypatch.setattr("tempfile.tempdir", str(run.folder.parent))  # other processes have locks
     monkeypatch.setattr("fcntl.flock", refuse)
     with pytest.warns(UserWarning, match="on a file system without locks; the file .*-soft stands"):
         folder = h.stage(run, "splits")

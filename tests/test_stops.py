@@ -129,6 +129,29 @@ def test_two_studies_of_one_run_at_once_are_refused(make_run):
         pass
 
 
+def use_folders(place: Path, begin: float, told: Path) -> None:
+    """From this time on, make one temporary folder after another and use each; tell how many."""
+    tempfile.tempdir = str(place)
+    time.sleep(max(0, begin - time.time()))
+    for _ in range(40):
+        with temporary_folder() as folder:
+            (folder / "words.txt").write_text("here")
+            time.sleep(0.001)
+            assert (folder / "words.txt").read_text() == "here"
+    told.write_text("40")
+
+
+def test_no_process_takes_anothers_new_folder_for_one_that_was_left(tmp_path):
+    """Eight at once; between its making and its lock a folder looks as if nobody had it."""
+    place, begin = tmp_path / "temporary", time.time() + 2
+    place.mkdir()
+    told = [tmp_path / str(i) for i in range(8)]
+    processes = [elsewhere.start(use_folders, place, begin, each) for each in told]
+    assert [elsewhere.ended(process) for process in processes] == [0] * 8
+    assert [each.read_text() for each in told] == ["40"] * 8
+    assert [*place.iterdir()] == []
+
+
 def hold(place: Path) -> None:
     """Make a temporary folder in `place`, and wait to be killed."""
     tempfile.tempdir = str(place)
