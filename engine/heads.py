@@ -27,8 +27,9 @@ def fit_head(head: nn.Linear, features: Tensor, labels: Tensor, parts: np.ndarra
     `features` are [N, width]. Returns a curve of one row, epoch 0: no step of the encoder's.
     """
     train, val = (torch.as_tensor(parts == part) for part in ("train", "val"))
-    mean, std = features[train].mean(0), features[train].std(0).clamp(min=1e-6)
-    scaled = ((features - mean) / std)[train]
+    learnt = features[train]  # few of them, maybe: a copy of all rows may not fit
+    mean, std = learnt.mean(0), learnt.std(0).clamp(min=1e-6)
+    scaled = (learnt - mean) / std
     model = LogisticRegression(max_iter=2000).fit(scaled.numpy(), labels[train].numpy())
     weight = torch.tensor(model.coef_, dtype=torch.float32) / std
     with torch.no_grad():

@@ -116,7 +116,7 @@ MUTANTS = [
         ('(text_rows(rows, text, part) for part in ("train", "val"))',
          '(text_rows(rows, text, part) for part in ("train", "test"))')),
     *of("engine/heads.py", "test_leaks.py -k frozen",
-        ('features[train].mean(0), features[train].std(0)',
+        ('learnt.mean(0), learnt.std(0)',
          'features.mean(0), features.std(0)')),
     *of("helpers.py", "test_finetune.py test_image_models.py -m 'not slow'",
         ("self.head(self.dropout(self.encoder(**inputs)))", "self.head(self.encoder(**inputs))")),
