@@ -132,7 +132,7 @@ from engine.paper_tables import (
 )
 from engine.picture_cache import DecodedPictures, cached_pictures
 from engine.pictures import as_rgb, decode_picture, open_picture
-from engine.processes import device, open_run
+from engine.processes import device, open_run, use_threads
 from engine.products import cleaned_products, missing_notes, whole_products
 from engine.progress import Progress
 from engine.rows import (
@@ -1206,6 +1206,7 @@ class ProductClassifier:
     def __init__(self, parts: Parts):
         self.run, self.variant, self.classes = parts.run, parts.variant, parts.classes
         profile, folders, self.image = self.run.profile, parts.folders, None
+        use_threads(profile)  # of the run: on another number sums are rounded otherwise
         self.fusions = {name: load_fusion(parts, name) for name in parts.fusions}
         self.heads = {name: load_head(folders[name]) for name in ENCODER_MODELS if name in folders}
         self.readers = {name: load_checkpoint(str(folders[name] / "encoder"), profile.max_length)

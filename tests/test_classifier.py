@@ -5,6 +5,7 @@ import csv
 import io
 import pickletools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +17,8 @@ import helpers as h
 import run as command_line
 from commands.products import card_of
 from conftest import SMALL, isolate, write_bert, write_ens
-from engine.exports import parts_of_run, write_export
+from engine.exports import parts_of_folder, parts_of_run, write_export
+from engine.processes import use_threads
 from engine.variants import text_level
 
 VARIANT, TEXTS = h.named_variant("concat-add"), h.named_variant("concat-concat-text")
@@ -182,6 +184,16 @@ def test_an_exported_folder_says_the_same_to_the_bit_without_its_run(classifier,
     assert found.predict(mixed).equals(classifier.predict(mixed))
     for name, p in classifier.levels(products).items():
         assert torch.equal(found.levels(products)[name], p), name
+
+
+def test_a_classifier_computes_on_the_threads_of_its_run(exported):
+    parts, usual = parts_of_folder(exported), torch.get_num_threads()
+    profile = replace(parts.run.profile, threads=usual + 1)
+    try:
+        h.ProductClassifier(replace(parts, run=replace(parts.run, profile=profile)))
+        assert torch.get_num_threads() == usual + 1
+    finally:
+        use_threads(replace(profile, threads=usual))
 
 
 def test_an_exported_folder_is_whole_and_holds_no_pickle(run, exported):
