@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -184,6 +184,16 @@ def isolate(patch: pytest.MonkeyPatch, folder: Path, catalogue_folder: Path) -> 
     patch.delenv("STUDY_EVENTS", raising=False)
     rows._chosen.cache_clear()
     rows._digest.cache_clear()
+
+
+def made_undisturbed(place: Path, settings: dict, names: Sequence[str]) -> dict[str, dict]:
+    """{stage: the hashes of its files} of stages made in this process, in a place of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        isolate(patch, place, write_ens(place / "ens"))
+        run = h.open_run("paper", "90-10", 0, settings)
+        for name in names:
+            h.stage(run, name)
+        return {name: h.read_manifest(run, name)["files"] for name in names}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import pytest
 import elsewhere
 import helpers as h
 from commands.plan import stage_names
-from conftest import SMALL, isolate, write_ens
+from conftest import SMALL, isolate, made_undisturbed
 from engine.runs import cache_folder, runs_folder
 
 pytestmark = pytest.mark.slow
@@ -48,12 +48,11 @@ def make_until(run: h.Run, name: str, moment: int, kind: int, told: Path) -> Non
 def whole(tmp_path_factory) -> tuple[Path, dict]:
     """The place of a chain that nothing has stopped, and {stage: the hashes of its files}."""
     place = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        isolate(patch, place, write_ens(place / "ens"))
-        run = h.open_run("paper", "90-10", 0, SETTINGS)
-        for name in (*stage_names(run), "scores"):
-            h.stage(run, name)
-        return place, {name: h.read_manifest(run, name)["files"] for name in KINDS}
+    return place, made_undisturbed(place, SETTINGS, every_stage())
+
+
+def every_stage() -> list[str]:
+    return [*stage_names(h.open_run("paper", "90-10", 0, SETTINGS)), "scores"]
 
 
 def refuse_locks(*_: object) -> None:
@@ -64,15 +63,11 @@ def refuse_locks(*_: object) -> None:
 @pytest.mark.filterwarnings("ignore:.*on a file system without locks")
 def test_a_chain_in_a_new_folder_ends_in_the_same_bytes(locks, whole, tmp_path, monkeypatch):
     """Its predictions too; also where the file system has no locks."""
-    isolate(monkeypatch, tmp_path, write_ens(tmp_path / "ens"))
     if not locks:
         (tmp_path / "temporary").mkdir()  # other processes have locks in the system's
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
         monkeypatch.setattr("fcntl.flock", refuse_locks)
-    run = h.open_run("paper", "90-10", 0, SETTINGS)
-    for name in (*stage_names(run), "scores"):
-        h.stage(run, name)
-    assert {name: h.read_manifest(run, name)["files"] for name in KINDS} == whole[1]
+    assert made_undisturbed(tmp_path, SETTINGS, every_stage()) == whole[1]
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -23,7 +23,7 @@ import helpers as h
 from commands import plan
 from commands.doctor import refuse_fatal
 from commands.importing import Columns, import_catalogue
-from conftest import ROOT, SMALL, isolate, room_for, write_bert, write_ens
+from conftest import ROOT, SMALL, made_undisturbed, room_for, write_bert
 from engine import catalogue, files, fingerprint, keys, progress, stages
 from engine.files import lock_of, temporary_folder
 from engine.looks import one_look
@@ -496,13 +496,8 @@ def hashes(run: h.Run) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> dict[str, str]:
     """What the stage camembert_title holds when nothing stops it."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    with pytest.MonkeyPatch.context() as patch:
-        isolate(patch, folder, write_ens(folder / "ens"))
-        run = h.open_run("paper", "90-10", 0, SMALL)
-        for name in ("splits", "text", "camembert_title"):
-            h.stage(run, name)
-        return hashes(run)
+    names = ("splits", "text", "camembert_title")
+    return made_undisturbed(tmp_path_factory.mktemp("uninterrupted"), SMALL, names)[names[-1]]
 
 
 @pytest.mark.slow

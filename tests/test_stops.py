@@ -15,7 +15,7 @@ import pytest
 import elsewhere
 import helpers as h
 from commands import execute
-from conftest import ROOT, SMALL, isolate, write_ens
+from conftest import ROOT, SMALL, isolate, made_undisturbed
 from engine.files import temporary_folder
 from engine.runs import runs_folder
 
@@ -34,10 +34,7 @@ def study_of(*words: str) -> list[str]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> dict:
     """What the stages hold if nothing stops them."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    with pytest.MonkeyPatch.context() as patch:
-        isolate(patch, folder, write_ens(folder / "ens"))
-        return contents(make(*STAGES))
+    return made_undisturbed(tmp_path_factory.mktemp("uninterrupted"), SETTINGS, STAGES)
 
 
 def make(*names: str) -> h.Run:
