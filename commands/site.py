@@ -201,7 +201,8 @@ def write_facts(plan: list[Step], source: Path) -> None:
             stages[name, key] = manifest_of(folder_of(name, key)) or {}
     shown = [{"stage": name, "split and seed": made.get("run", "").partition("split ")[2],
               "seconds": made.get("seconds"), "peak memory (GB)": made.get("peak_memory_gb"),
-              "device": made.get("device"), "threads": made.get("threads"), "key": key[:8]}
+              "device": made.get("device"), "processor": made.get("processor"),
+              "threads": made.get("threads"), "key": key[:8]}
              for (name, key), made in sorted(stages.items())]
     made = next(filter(None, stages.values()), {})
     versions = ", ".join(f"{name} {number}" for name, number in made.get("versions", {}).items())

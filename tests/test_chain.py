@@ -179,6 +179,17 @@ def test_the_report_links_every_notebook(studied, place):
     assert page.index("fusion is better than the best single encoder") < page.index("Table I,")
 
 
+def test_the_report_says_where_each_stage_was_made(studied, place):
+    page = (place / "runs" / "sample" / "described" / "report" / "facts.html").read_text("utf-8")
+    for folder in stage_folders(place).values():
+        made = read_json(folder / "manifest.json")
+        (row,) = (line for line in BeautifulSoup(page, "html.parser").find_all("tr")
+                  if made["key"][:8] in line.text)
+        told = [cell.text for cell in row.find_all("td")]
+        wanted = [made["stage"], made["device"], made["processor"], str(made["threads"])]
+        assert set(wanted) <= set(told)
+
+
 @pytest.mark.parametrize("width, dark", [(390, False), (1280, True)])
 def test_a_browser_has_nothing_against_the_report(studied, place, width, dark):
     folder = place / "runs" / "sample" / "described" / "report"
