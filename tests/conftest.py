@@ -5,6 +5,7 @@ import functools
 import inspect
 import os
 import resource
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the network
 # Test processes share the cores: more threads, here and in what they start, only wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell's `&` has Ctrl-C ignored, here and in what is started; some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import pandas as pd

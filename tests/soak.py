@@ -60,6 +60,7 @@ def main() -> int:
     words.add_argument("--kills", type=int, default=30)
     words.add_argument("--seed", type=int, default=0)
     chosen = words.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
     chance, begin, kills = random.Random(chosen.seed), time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder:
         calm, rough = Path(folder) / "calm", Path(folder) / "rough"
