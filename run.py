@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -89,12 +88,11 @@ def study(words: argparse.Namespace) -> None:
     if words.on == "ray" and words.workers > 1:
         raise ValueError("--workers is for this machine; with --on ray, Ray decides how many "
                          "stages run at a time")
-    with ThreadPoolExecutor(1) as beside:  # the sample is made while the libraries are imported
-        if words.profile == "sample" and not words.dry_run:
-            beside.submit(make_sample, plan)
-        from commands import costs, doctor, execute
-        from commands.report import print_tables
-        from commands.site import write_report
+    if words.profile == "sample" and not words.dry_run:
+        make_sample(plan)  # in no second thread: Ctrl-C while two import can wait forever
+    from commands import costs, doctor, execute
+    from commands.report import print_tables
+    from commands.site import write_report
 
     for warning in doctor.refuse_fatal(*plans.runs_of(plan), needs_catalogue=not words.dry_run):
         console.print(printable(warning), highlight=False, markup=False, soft_wrap=True)

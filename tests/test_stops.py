@@ -138,6 +138,22 @@ def use_folders(place: Path, begin: float, told: Path) -> None:
     told.write_text("40")
 
 
+@pytest.mark.parametrize("seconds", [1, 2, 3, 4])
+def test_ctrl_c_ends_a_study_that_has_just_begun(seconds, tmp_path, monkeypatch):
+    """While it imports the libraries and makes the sample."""
+    monkeypatch.setenv("STUDY_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("STUDY_CACHE", str(tmp_path / "cache"))
+    words = [sys.executable, str(ROOT / "run.py"), "study", "--split", "90-10"]
+    study = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        time.sleep(seconds)
+        study.send_signal(signal.SIGINT)
+        _, errors = study.communicate(timeout=60)
+    finally:
+        study.kill()
+    assert study.returncode == 130 and "interrupted: what is whole is kept" in errors
+
+
 def test_no_process_takes_anothers_new_folder_for_one_that_was_left(tmp_path):
     """Eight at once; between its making and its lock a folder looks as if nobody had it."""
     place, begin = tmp_path / "temporary", time.time() + 2
