@@ -88,8 +88,6 @@ def study(words: argparse.Namespace) -> None:
     if words.on == "ray" and words.workers > 1:
         raise ValueError("--workers is for this machine; with --on ray, Ray decides how many "
                          "stages run at a time")
-    if words.profile == "sample" and not words.dry_run:
-        make_sample(plan)  # in no second thread: Ctrl-C while two import can wait forever
     from commands import costs, doctor, execute
     from commands.report import print_tables
     from commands.site import write_report
@@ -123,13 +121,6 @@ def carry_out(plan: list[plans.Step], chosen: list[str], words: argparse.Namespa
     runs = len(plans.runs_of(plan))
     at_a_time = min(runs, cores()) if words.profile == "sample" else 1
     execute.execute(plans.step_graph(steps), labels, words.notebooks or at_a_time, console)
-
-
-def make_sample(plan: list[plans.Step]) -> None:
-    """Make the sample if it is missing or old."""
-    from engine.catalogue import catalogue_folder
-
-    catalogue_folder(plan[0].run)
 
 
 def status(words: argparse.Namespace) -> None:
