@@ -36,7 +36,7 @@ def run_graph(graph: dict, submit: Callable[[object], Future],
               tell: Callable[[object, object], None], look: Callable[[], None] = bool) -> None:
     """`submit` each thing of the graph once those it waits for are done, and `tell` its result.
 
-    The first error ends it: nothing more is started, and what runs goes on to its end.
+    The first error ends it: nothing more is started.
     """
     order, running = TopologicalSorter(graph), {}
     order.prepare()
@@ -48,6 +48,41 @@ def run_graph(graph: dict, submit: Callable[[object], Future],
             thing = running.pop(future)
             tell(thing, future.result())
             order.done(thing)
+
+
+@contextlib.contextmanager
+def side_by_side(number: int):
+    """Gives `submit(function, *words)`: calls in threads, `number` at a time, for work that is done
+    in processes of their own.
+
+    After an error nothing more is started, and what runs goes on to its end. At Ctrl-C the
+    processes are killed: what they make goes on from its last checkpoint at the next start.
+    """
+    futures = []
+    with ThreadPoolExecutor(number) as pool:
+        def submit(function: Callable, *words: object) -> Future:
+            futures.append(pool.submit(function, *words))
+            return futures[-1]
+
+        try:
+            yield submit
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):
+                kill_until_done(futures)
+            elif not all(future.done() for future in futures):
+                print(f"{error}\nnothing more is started; what runs goes on to its end",
+                      file=sys.stderr)
+            raise
+
+
+def kill_until_done(futures: list[Future]) -> None:
+    """Kill all processes below this one, also those that start meanwhile, until no call waits."""
+    while not all(future.done() for future in futures):
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -122,16 +157,12 @@ def execute(steps: dict[Step, list[Step]], labels: dict[Step, str], at_a_time: i
                       f"{result['peak_memory_gb']:.1f} GB", highlight=False)
 
     with (own_kernel(), console.status("starting") as status,
-          ThreadPoolExecutor(at_a_time) as pool):
+          side_by_side(at_a_time) as start):
         def submit(step: Step) -> Future:
             key = step_key(step)  # before it runs: an edit meanwhile is seen
-            return pool.submit(execute_one, step, key, labels[step], share, board)
+            return start(execute_one, step, key, labels[step], share, board)
 
-        try:
-            run_graph(steps, submit, tell, lambda: board.look(status))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        run_graph(steps, submit, tell, lambda: board.look(status))
 
 
 def execute_one(step: Step, key: str, label: str, share: str, board: Board) -> dict:

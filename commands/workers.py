@@ -4,13 +4,12 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 from rich.console import Console
 
-from commands.execute import StepFailed, run_graph
+from commands.execute import StepFailed, run_graph, side_by_side
 from commands.plan import Job
 from engine.files import one_line
 from engine.progress import cores
@@ -27,12 +26,12 @@ def make_stages(graph: dict[Job, list[Job]], workers: int, on: str, console: Con
             raise StepFailed(failure)
         console.print(f"        {job}  {seconds:.0f} s", highlight=False)
 
-    with (on_ray() if on == "ray" else side_by_side(workers)) as submit:
+    with (on_ray() if on == "ray" else on_this_machine(workers)) as submit:
         run_graph(graph, submit, tell)
 
 
 @contextlib.contextmanager
-def side_by_side(workers: int):
+def on_this_machine(workers: int):
     """Gives `submit(job)`: jobs on this machine, `workers` at a time, one GPU each."""
     import torch
 
@@ -49,15 +48,8 @@ def side_by_side(workers: int):
         finally:
             free.append(worker)
 
-    pool = ThreadPoolExecutor(workers)
-    try:
-        yield lambda job: pool.submit(make, job)
-    except BaseException as error:
-        print(f"{str(error) or 'stopped'}\nno other stage is started; those that run go on to "
-              "their end", file=sys.stderr)
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
+    with side_by_side(workers) as start:
+        yield lambda job: start(make, job)
 
 
 @contextlib.contextmanager
