@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from rich.progress import track
 import helpers as h
 from engine import catalogue
 from engine.pictures import decode_picture
-from engine.progress import cores
+from engine.progress import in_threads
 from engine.rows import chosen_labels, chosen_products, set_aside, usable_products
 from engine.runs import Run, runs_folder
 from engine.settings import PROFILES
@@ -162,10 +161,9 @@ def decode_some(run: Run, most: int = 0) -> list[Check]:
     present = sorted(set(products["picture"]) - set(catalogue.absent_pictures(products)))
     most = min(most or PICTURES_DECODED, len(present))
     some = np.random.default_rng(0).choice(present, most, replace=False).tolist()
-    with ThreadPoolExecutor(cores()) as pool:  # Pillow decodes outside the interpreter's lock
-        size, bar = run.profile.image_size, Console(stderr=True)
-        faults = pool.map(lambda path: fault(decode_picture, path, size), some)
-        faults = list(track(faults, "decoding pictures", most, console=bar, transient=True))
+    size, bar = run.profile.image_size, Console(stderr=True)
+    faults = in_threads(lambda path: fault(decode_picture, path, size), some)
+    faults = list(track(faults, "decoding pictures", most, console=bar, transient=True))
     unreadable = sorted(path for path, wrong in zip(some, faults) if wrong)
     found = f"{most - len(unreadable):,} of {most:,} decode"
     if most < len(present):

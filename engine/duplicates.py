@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from engine import fingerprint
 from engine.files import cache_file, hash_json
 from engine.fingerprint import content
 from engine.pictures import as_rgb, open_picture
-from engine.progress import Progress, cores
+from engine.progress import Progress, in_threads
 from engine.rows import chosen_products, pictures_digest, texts_digest
 from engine.runs import Run
 from engine.settings import FIELDS
@@ -102,8 +101,7 @@ def all_signs(products: pd.DataFrame) -> np.ndarray:
     """`picture_signs` [N, 256] of products, shown as progress."""
     bar = Progress("comparing pictures", len(products), "pictures")
     try:
-        with ThreadPoolExecutor(cores()) as pool:  # Pillow decodes outside the interpreter's lock
-            return np.stack(list(bar.track(pool.map(picture_signs, products["picture"]))))
+        return np.stack(list(bar.track(in_threads(picture_signs, products["picture"]))))
     finally:
         bar.close()
 

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from engine.looks import once
-from engine.progress import Progress, cores
+from engine.progress import Progress, in_threads
 from engine.runs import cache_folder, from_root
 
 TEMPORARY = "fusion-study-"
@@ -87,8 +86,7 @@ def remember(name: str, look: Callable[[str], str], paths: Sequence[str]) -> lis
     todo = [path for path, state in states.items() if known.get(path, ("",))[0] != state]
     if todo:
         bar = Progress("reading files", len(todo), "files")
-        with ThreadPoolExecutor(cores()) as pool:  # most of it is outside the interpreter's lock
-            said = list(bar.track(pool.map(look, todo)))
+        said = list(bar.track(in_threads(look, todo)))
         bar.close()
         known = known | {path: (states[path], word) for path, word in zip(todo, said)}
         with suppress(OSError):  # where nothing can be kept, they are read again

@@ -6,7 +6,6 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from engine.catalogue import check_pictures
 from engine.files import cache_file, hash_json
 from engine.looks import once, one_look, refuse_changed
 from engine.pictures import decode_picture
-from engine.progress import Progress, cores
+from engine.progress import Progress, in_threads
 from engine.rows import chosen_pictures, pictures_digest
 from engine.runs import Run
 
@@ -49,8 +48,7 @@ class DecodedPictures:
 
     def decode(self, positions: Iterable[int]) -> Iterator[np.ndarray]:
         """These pictures one by one, decoded on all processors."""
-        with ThreadPoolExecutor(cores()) as pool:  # Pillow decodes outside the interpreter's lock
-            yield from pool.map(lambda i: self[int(i)], positions)
+        return in_threads(lambda i: self[int(i)], positions)
 
 
 @one_look()
@@ -121,9 +119,8 @@ def open_cache(path: Path, shape: tuple[int, ...], mode: str) -> tuple[np.ndarra
 def damaged_blocks(path: Path, shape: tuple[int, ...], mtime: int) -> list[int]:
     """The blocks of a cache file whose bytes are not those written; looked at once a process."""
     pictures, sums = open_cache(path, shape, "r")
-    with ThreadPoolExecutor(cores()) as pool:  # zlib works outside the interpreter's lock
-        found = pool.map(lambda block: checksum(pictures, block), range(len(sums)))
-        return [block for block, (found, sum) in enumerate(zip(found, sums)) if found != sum]
+    found = in_threads(lambda block: checksum(pictures, block), range(len(sums)))
+    return [block for block, (found, sum) in enumerate(zip(found, sums)) if found != sum]
 
 
 def checksum(pictures: np.ndarray, block: int) -> int:

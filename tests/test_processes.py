@@ -35,7 +35,7 @@ from commands.plan import (
 from conftest import ROOT, SMALL, isolate, write_bert, write_ens
 from engine.files import read_json, write_json
 from engine.keys import folder_of, key_of, manifest_of, write_manifest
-from engine.progress import Progress
+from engine.progress import BATCH, Progress, in_threads
 from engine.runs import runs_folder
 from engine.variants import TRAINED_VARIANTS
 
@@ -208,7 +208,41 @@ def test_processes_end_with_the_one_that_started_them(prepared):
     assert alive == []
 
 
+def test_threads_keep_the_order_and_no_more_than_a_batch_ahead():
+    begun = []
+
+    def double(thing):
+        begun.append(thing)
+        return 2 * thing
+
+    things = range(2 * BATCH + 1)
+    assert list(in_threads(double, things)) == [2 * thing for thing in things]
+    begun.clear()
+    doubles = in_threads(double, things)
+    assert next(doubles) == 0
+    doubles.close()  # as Ctrl-C does
+    assert 1 <= len(begun) <= BATCH
+
+
 # --- stages side by side --------------------------------------------------------------------------
+def test_after_an_error_what_runs_goes_on_to_its_end(capsys):
+    ended = []
+
+    def work():
+        time.sleep(0.3)
+        ended.append("work")
+
+    def fail():
+        raise execute.StepFailed("no room on the disk")
+
+    with pytest.raises(execute.StepFailed, match="no room"), execute.side_by_side(2) as start:
+        start(work)
+        start(fail).result()
+    assert ended == ["work"]
+    assert capsys.readouterr().err == (
+        "no room on the disk\nnothing more is started; what runs goes on to its end\n")
+
+
 ALONE = {"cache_pictures": False, "threads": 1}
 STAGES = ("splits", "text", "camembert_title", "seresnext", "image_whole")
 

@@ -73,6 +73,8 @@ KILLS = {
     "a worker": (ON_BOTH, "stage camembert_title", signal.SIGKILL, "failed, exit code -9"),
     "Ray's worker": (("--only", "03", "--on", "ray"), "ray::make", signal.SIGKILL,
                      "Ray could not end a stage: "),
+    "run.py with Ray, by Ctrl-C": (("--only", "03", "--on", "ray"), "", signal.SIGINT,
+                                   "interrupted: what is whole is kept"),
 }
 
 
