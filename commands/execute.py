@@ -17,7 +17,7 @@ from filelock import Timeout
 from rich.console import Console
 
 from commands.plan import Step, step_key
-from engine.files import lock_of, make_folder, temporary_folder, write_json
+from engine.files import lock_of, make_folder, printable, temporary_folder, write_json
 from engine.progress import cores
 from engine.runs import Run
 
@@ -71,8 +71,8 @@ def side_by_side(number: int):
             if isinstance(error, KeyboardInterrupt):
                 kill_until_done(futures)
             elif not all(future.done() for future in futures):
-                print(f"{error}\nnothing more is started; what runs goes on to its end",
-                      file=sys.stderr)
+                said = printable(f"{error}\nnothing more is started; what runs goes on to its end")
+                print(said, file=sys.stderr)
             raise
 
 

@@ -233,14 +233,14 @@ def test_after_an_error_what_runs_goes_on_to_its_end(capsys):
         ended.append("work")
 
     def fail():
-        raise execute.StepFailed("no room on the disk")
+        raise execute.StepFailed("no room on the disk \x1b[31m")
 
     with pytest.raises(execute.StepFailed, match="no room"), execute.side_by_side(2) as start:
         start(work)
         start(fail).result()
     assert ended == ["work"]
     assert capsys.readouterr().err == (
-        "no room on the disk\nnothing more is started; what runs goes on to its end\n")
+        "no room on the disk \\x1b[31m\nnothing more is started; what runs goes on to its end\n")
 
 
 ALONE = {"cache_pictures": False, "threads": 1}
