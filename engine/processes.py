@@ -4,6 +4,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
+import re
 import subprocess
 import sys
 import threading
@@ -57,6 +59,15 @@ def group() -> PartialState:
 def device() -> torch.device:
     """This process's GPU where there is one, else the CPU."""
     return group().device
+
+
+def processor() -> str:
+    """The processor's name and the instructions of it that PyTorch uses: results depend on both."""
+    listed = Path("/proc/cpuinfo")  # on Linux; elsewhere Python knows the name
+    said = listed.read_text(errors="replace") if listed.exists() else ""
+    named = re.search(r"model name\s*: (.+)", said)
+    name = named[1] if named else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def processes_for(profile: Profile) -> int:

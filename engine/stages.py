@@ -43,6 +43,7 @@ from engine.processes import (
     launch,
     peak_memory_gb,
     processes_for,
+    processor,
     use_threads,
     wait_for_file,
 )
@@ -156,8 +157,8 @@ def _build(run: Run, name: str, key: str, partial: Path) -> None:
     write_manifest(partial, {
         **recipe_of(run, name), "key": key, "run": run.name, "metrics": metrics,
         "seconds": round(time.perf_counter() - start, 2),
-        "peak_memory_gb": round(peak_memory_gb(), 3), "device": str(device()),
-        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "peak_memory_gb": round(peak_memory_gb(), 3),
+        "device": str(device()), "processor": processor(),
         "threads": torch.get_num_threads(), "processes": group().num_processes,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "python": platform.python_version(), "versions": _versions(), "files": hashes})

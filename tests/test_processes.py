@@ -1,5 +1,6 @@
 """Several processes: a stage made by two together, and stages side by side, come out as by one."""
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -35,6 +36,7 @@ from commands.plan import (
 from conftest import ROOT, SMALL, isolate, write_bert, write_ens
 from engine.files import read_json, write_json
 from engine.keys import folder_of, key_of, manifest_of, write_manifest
+from engine.processes import processor
 from engine.progress import BATCH, Progress, in_threads
 from engine.runs import runs_folder
 from engine.variants import TRAINED_VARIANTS
@@ -206,6 +208,18 @@ def test_processes_end_with_the_one_that_started_them(prepared):
     parent.kill()
     _, alive = psutil.wait_procs(children, timeout=30)
     assert alive == []
+
+
+def test_processors_with_the_same_instructions_are_told_apart(monkeypatch, tmp_path):
+    listed, told = tmp_path / "cpuinfo", []
+    monkeypatch.setattr("engine.processes.Path", lambda place: listed)
+    for name in ("Intel(R) Xeon(R) Processor", "AMD EPYC"):
+        listed.write_text(f"processor\t: 0\nmodel name\t: {name}\nmodel name\t: {name}\n")
+        told.append(processor().rpartition(", ")[0])
+    listed.write_text("processor\t: 0\nFeatures\t: fp asimd\n")  # ARM has no such name
+    told.append(processor().rpartition(", ")[0])
+    assert told[:2] == ["Intel(R) Xeon(R) Processor", "AMD EPYC"]
+    assert told[2] == (platform.processor() or platform.machine())
 
 
 def test_threads_keep_the_order_and_no_more_than_a_batch_ahead():
