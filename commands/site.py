@@ -200,9 +200,9 @@ def write_facts(plan: list[Step], source: Path) -> None:
         for key, name in (read_json(step.manifest) or {}).get("stages", {}).items():
             stages[name, key] = manifest_of(folder_of(name, key)) or {}
     shown = [{"stage": name, "split and seed": made.get("run", "").partition("split ")[2],
-              "seconds": made.get("seconds"), "peak memory (GB)": made.get("peak_memory_gb"),
               "device": made.get("device"), "processor": made.get("processor"),
-              "threads": made.get("threads"), "key": key[:8]}
+              "threads": made.get("threads"), "seconds": made.get("seconds"),
+              "peak memory (GB)": made.get("peak_memory_gb"), "key": key[:8]}
              for (name, key), made in sorted(stages.items())]
     made = next(filter(None, stages.values()), {})
     versions = ", ".join(f"{name} {number}" for name, number in made.get("versions", {}).items())
@@ -211,8 +211,9 @@ def write_facts(plan: list[Step], source: Path) -> None:
     page = TEMPLATES.get_template("facts.md.jinja").render(
         where=f"Code: {commit()}. Python {made.get('python', '')}; {versions}.",
         changed=", ".join(f"`{name}={value}`" for name, value in run.changed.items()),
-        settings=to_html(pd.DataFrame(values)), notebooks=to_html(pd.DataFrame(map(row_of, plan))),
-        stages=to_html(pd.DataFrame(shown)))
+        settings=to_html(pd.DataFrame(values), "facts"),
+        notebooks=to_html(pd.DataFrame(map(row_of, plan)), "facts"),
+        stages=to_html(pd.DataFrame(shown), "facts"))
     write_text(source / "facts.md", page)
 
 
