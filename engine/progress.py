@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
-BATCH = 256  # things given to threads at a time
+BATCH = 64  # things given to threads at a time, for each core: they wait for the slowest
 
 
 def report_event(**event: object) -> None:
@@ -31,12 +31,12 @@ def in_threads(function: Callable, things: Iterable) -> Iterator:
     """`function(thing)` of all things, in their order, on all cores: for functions whose work is
     done outside the interpreter's lock, as Pillow's and zlib's is.
 
-    At most BATCH are given to threads ahead of the caller: what waits for it fills no memory, and
-    Ctrl-C waits for no more than these.
+    At most BATCH a core are given to threads ahead of the caller: what waits for it fills no
+    memory, and Ctrl-C waits for no more than these.
     """
-    rest = iter(things)
-    with ThreadPoolExecutor(cores()) as pool:
-        while batch := list(islice(rest, BATCH)):
+    rest, threads = iter(things), cores()
+    with ThreadPoolExecutor(threads) as pool:
+        while batch := list(islice(rest, BATCH * threads)):
             yield from pool.map(function, batch)
 
 
