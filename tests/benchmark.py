@@ -17,7 +17,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -47,6 +46,7 @@ import helpers as h
 from commands import costs
 from engine import training
 from engine.picture_cache import open_cache, write_pictures
+from engine.processes import processor
 from engine.settings import make_profile
 from engine.text_models import train_unigram
 from full_size import DESCRIPTION, TITLE, column, write_tables
@@ -437,7 +437,7 @@ def keep(name: str, ratios: list[Ratio]) -> pd.DataFrame:
     """Write figures/benchmark.csv with a measurement's rows and the others', if of this machine;
     return it.
     """
-    machine = f"{os.cpu_count()} cores, {platform.machine()}"
+    machine = f"{os.cpu_count()} cores, {processor()}"
     version = torch.__version__.partition("+")[0]
     rows = [dataclasses.asdict(ratio) | {"met": ratio.met} for ratio in ratios]
     table = pd.DataFrame(rows).assign(machine=machine, torch=version)
